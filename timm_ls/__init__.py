@@ -1,0 +1,17 @@
+"""Long-short attention backbones for timm: importing this package registers the models."""
+from importlib.metadata import version as _version
+
+from .attention import GlobalAttention2d, LongShortAttention2d
+from .checkpoint import load_checkpoint
+from .vil_ls import VilLs
+from .window_attention import attention_implementation
+
+__version__ = _version('timm-ls')
+
+__all__ = [
+    'GlobalAttention2d',
+    'LongShortAttention2d',
+    'VilLs',
+    'attention_implementation',
+    'load_checkpoint',
+]

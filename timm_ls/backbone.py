@@ -1,0 +1,440 @@
+"""What the families share: a block, a stage, and a pyramid of stages that keeps timm's contract for a backbone."""
+from typing import Any, Callable, Dict, Final, List, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.models import checkpoint, named_apply, register_notrace_function
+from timm.models._features import feature_take_indices
+
+from .attention import GlobalAttention2d
+from .checkpoint import check_state_dict
+from .window import is_tracing_shapes
+
+__all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'pad_to_multiple']
+
+MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
+
+
+@register_notrace_function
+def check_image(x: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """Return `x` if it is a batch of images that the models accept, [B, in_chans, H >= 32, W >= 32].
+
+    Raises:
+        ValueError: It is not; the message says what was given and what is expected.
+    """
+    if not is_tracing_shapes():
+        if x.ndim != 4 or x.shape[1] != in_chans:
+            raise ValueError(f'Expected images of shape [batch, {in_chans}, height, width], got {list(x.shape)}.')
+        if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f'Expected images of at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got {x.shape[2]} x {x.shape[3]}.')
+    return x
+
+
+@register_notrace_function
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Pad a map [B, C, H, W] with zeros at the right and the bottom, so that `multiple` divides H and W."""
+    bottom, right = (-x.shape[2]) % multiple, (-x.shape[3]) % multiple
+    if is_tracing_shapes() or bottom > 0 or right > 0:
+        x = F.pad(x, (0, right, 0, bottom))
+    return x
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP over a map of tokens and its global tokens.
+
+    Args:
+        dim: Channels.
+        attn: Attention layer, from (map, global tokens) to the same.
+        mlp_ratio: MLP width over `dim`.
+        proj_drop: Dropout probability in the MLP.
+        drop_path: Probability of skipping each of the two branches, for an image as a whole.
+        norm_layer: From channels to a norm over the last dimension.
+        act_layer: Activation of the MLP.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            attn: nn.Module,
+            mlp_ratio: float = 4.,
+            proj_drop: float = 0.,
+            drop_path: float = 0.,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path_rate = drop_path
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
+        norm_tokens = self.norm1(global_tokens) if global_tokens is not None else None
+        dx, d_tokens = self.attn(self.norm1(x), norm_tokens)
+        x, global_tokens = self.add(x, dx, global_tokens, d_tokens)
+        d_tokens = self.mlp(self.norm2(global_tokens)) if global_tokens is not None else None
+        return self.add(x, self.mlp(self.norm2(x)), global_tokens, d_tokens)
+
+    def add(
+            self,
+            x: torch.Tensor,
+            dx: torch.Tensor,
+            global_tokens: Optional[torch.Tensor],
+            d_tokens: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Add a branch to the map and the global tokens, kept or dropped for both alike."""
+        if self.training and self.drop_path_rate > 0.:
+            keep = self.drop_path(torch.ones(x.shape[0], 1, 1, dtype=x.dtype, device=x.device))
+            dx = dx * keep[..., None]
+            if d_tokens is not None:
+                d_tokens = d_tokens * keep
+        if global_tokens is not None and d_tokens is not None:
+            global_tokens = global_tokens + d_tokens
+        return x + dx, global_tokens
+
+
+class Stage(nn.Module):
+    """One level of the pyramid: a patch embedding, the stage's own global tokens, blocks.
+
+    Args:
+        dim: Channels of the level.
+        embed: Patch embedding, from [B, C_in, H_in, W_in] to [B, H, W, dim].
+        blocks: Blocks over (map, global tokens).
+        num_global_tokens: Learned tokens that join the map in this stage.
+        return_global_tokens: Give the tokens, global ones first, as a sequence instead of a map; for a last stage
+            whose global tokens are pooled.
+        pos_drop: Dropout probability after the patch embedding.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            embed: nn.Module,
+            blocks: List[nn.Module],
+            num_global_tokens: int = 0,
+            return_global_tokens: bool = False,
+            pos_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        self.return_global_tokens = return_global_tokens
+        self.grad_checkpointing = False
+        self.embed = embed
+        if num_global_tokens > 0:
+            self.global_tokens = nn.Parameter(torch.empty(1, num_global_tokens, dim, device=device, dtype=dtype))
+        else:
+            self.global_tokens = None
+        self.pos_drop = nn.Dropout(pos_drop)
+        self.blocks = nn.ModuleList(blocks)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the global tokens from a truncated normal of standard deviation 0.02, as released."""
+        if self.global_tokens is not None:
+            trunc_normal_(self.global_tokens, std=.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From a map [B, C_in, H_in, W_in] to [B, dim, H, W], or to [B, g + H * W, dim] with `return_global_tokens`."""
+        x = self.pos_drop(self.embed(x))
+        global_tokens: Optional[torch.Tensor] = None
+        if self.global_tokens is not None:
+            global_tokens = self.pos_drop(self.global_tokens.expand(x.shape[0], -1, -1))
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x, global_tokens = checkpoint(block, x, global_tokens)
+            else:
+                x, global_tokens = block(x, global_tokens)
+        if self.return_global_tokens and global_tokens is not None:
+            return torch.cat([global_tokens, x.flatten(1, 2)], dim=1)
+        return x.permute(0, 3, 1, 2)
+
+
+class PyramidTransformer(nn.Module):
+    """Stages, a final norm, pooling and a classifier, with the methods that timm and its clients expect.
+
+    Args:
+        stages: The levels, each from NCHW to NCHW; the last one may return global tokens.
+        dims: Channels of each level.
+        reductions: Stride of each level with respect to the image.
+        num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
+        in_chans: Image channels.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: 'avg', 'max', 'avgmax', '' (none) or, if the last stage returns global tokens, 'token'.
+        drop_rate: Dropout probability before the classifier.
+        norm_layer: From channels to a norm over the last dimension.
+    """
+
+    def __init__(
+            self,
+            stages: List[Stage],
+            dims: Tuple[int, ...],
+            reductions: Tuple[int, ...],
+            num_global_tokens: int,
+            in_chans: int,
+            num_classes: int,
+            global_pool: str,
+            drop_rate: float,
+            norm_layer: Callable[..., nn.Module],
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_global_tokens = num_global_tokens
+        self.reductions = reductions
+        self.grad_checkpointing = False
+        self.feature_info = [
+            dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')
+            for i, (dim, reduction) in enumerate(zip(dims, reductions))
+        ]
+
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm_layer(dims[-1], **dd)
+        self.set_global_pool(global_pool)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dims[-1], num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as released: linear weights truncated normal of std 0.02, biases 0, norms 1 and 0.
+
+        Args:
+            needs_reset: Also call `reset_parameters()` of the other modules, needed after `to_empty()`.
+        """
+
+        def init(module: nn.Module, name: str = '') -> None:
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif needs_reset and module is not self and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()
+
+        named_apply(init, self)
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Initialise everything anew."""
+        self.init_weights(needs_reset=True)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of the parameters that weight decay should leave alone: global tokens and position biases."""
+        return {name for name, _ in self.named_parameters() if 'global_tokens' in name or '.rel_pos.' in name}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Parameter groups from input to output, for layer-wise learning rate decay."""
+        return dict(
+            stem=r'^stages\.0\.(?:embed|global_tokens)',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.(?:embed|global_tokens)', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Make the full-attention stages' bias tables for another image size, resizing what was learned.
+
+        Never needed to run another size, which resizes on the way: it is for training at that size.
+
+        Args:
+            img_size: Side, or height and width, in pixels.
+        """
+        for stage, reduction in zip(self.stages, self.reductions):
+            for module in stage.modules():
+                if isinstance(module, GlobalAttention2d):
+                    module.set_grid_size(grid_size(img_size, reduction))
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, an `nn.Linear`, or `nn.Identity` if there is none."""
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: Classes; 0 for no classifier.
+            global_pool: See the constructor; None keeps the pooling.
+        """
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.set_global_pool(global_pool)
+        head = nn.Identity()
+        if num_classes > 0:
+            head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
+            trunc_normal_(head.weight, std=.02)
+            nn.init.zeros_(head.bias)
+        self.head = head.train(self.training)
+
+    @torch.jit.ignore
+    def set_global_pool(self, global_pool: str) -> None:
+        """Choose how `forward_head` pools.
+
+        Raises:
+            ValueError: The model has no such pooling.
+        """
+        known = ('token', 'avg', '') if self.num_global_tokens > 0 else ('avg', 'max', 'avgmax', '')
+        if global_pool not in known:
+            raise ValueError(f'Unknown global_pool={global_pool!r}: this model has {", ".join(map(repr, known))}.')
+        self.global_pool = global_pool
+        pool_type = '' if self.num_global_tokens > 0 else global_pool
+        self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type)).train(self.training)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        """Load weights: our own, or a checkpoint of the original authors, which is converted on the way.
+
+        Raises:
+            RuntimeError: With `strict`, if the weights belong to another architecture; the message names the first
+                differences.
+        """
+        state_dict = self.convert_state_dict(state_dict)
+        if strict:
+            check_state_dict(state_dict, self)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def convert_state_dict(self, state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+        """The family's checkpoint conversion; see `checkpoint_filter_fn` beside each family."""
+        return state_dict
+
+    @torch.jit.ignore
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Run the stages and collect their maps.
+
+        Args:
+            x: Images, [B, in_chans, H, W].
+            indices: Levels to collect: the last n if an int, all if None.
+            norm: Apply the final norm to the last level.
+            stop_early: Do not run stages beyond the last level that is collected.
+            output_fmt: 'NCHW', the only one.
+            intermediates_only: Return the list only.
+
+        Returns:
+            The result of `forward_features` (of the last stage run, with `stop_early`) and the list of maps.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"Unknown output_fmt={output_fmt!r}: maps are returned as 'NCHW' only.")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        height, width = x.shape[-2:]
+        last = len(self.feature_info) - 1
+        intermediates = []
+        x = check_image(x, self.in_chans)
+        for i, stage in enumerate(self.stages[:max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            normed = self.forward_norm(x) if i == last else x
+            if i in take_indices:
+                level = normed if norm else x
+                if level.ndim == 3:  # global tokens in front
+                    rows, cols = grid_size((height, width), self.reductions[i])
+                    level = level[:, self.num_global_tokens:].transpose(1, 2).unflatten(2, (rows, cols))
+                intermediates.append(level)
+            x = normed
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Drop the stages, and optionally the norm and the head, that these intermediates do not need.
+
+        Returns:
+            The levels, counted from the first.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        if max_index < len(self.feature_info) - 1:
+            self.stages = self.stages[:max_index + 1]
+            self.feature_info = self.feature_info[:max_index + 1]
+            self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
+            self.num_global_tokens = 0
+            prune_norm = True  # made for the channels of a stage that is gone
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """The final norm, over the channels of a map [B, C, H, W] or of tokens [B, N, C]."""
+        if x.ndim == 4:
+            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.norm(x)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """From images [B, in_chans, H, W] to the last level after the final norm, unpooled.
+
+        Returns:
+            A map [B, C, ceil(H / stride), ceil(W / stride)]; tokens [B, g + N, C], global ones first, if the last
+            stage keeps global tokens.
+        """
+        x = check_image(x, self.in_chans)
+        return self.forward_norm(self.stages(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """From the result of `forward_features` to logits, or to what the classifier sees with `pre_logits`."""
+        if self.num_global_tokens > 0:
+            if self.global_pool == 'token':
+                x = x[:, :self.num_global_tokens].mean(dim=1)
+            elif self.global_pool == 'avg':
+                x = x[:, self.num_global_tokens:].mean(dim=1)
+        else:
+            x = self.pool(x)
+        x = self.head_drop(x)
+        if pre_logits:
+            return x
+        if x.ndim == 4:  # no pooling: classify every position
+            return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From images [B, in_chans, H, W] to logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def grid_size(img_size: Union[int, Tuple[int, int]], reduction: int) -> Tuple[int, int]:
+    """Rows and columns of tokens that a level of stride `reduction` has for an image: every part of it is covered."""
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return -(-height // reduction), -(-width // reduction)

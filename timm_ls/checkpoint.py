@@ -1,0 +1,87 @@
+"""Checkpoints: reading a file, unwrapping what it holds, telling whether it fits."""
+from pathlib import Path
+from typing import Any, Dict, Union
+
+import torch
+import torch.nn as nn
+
+__all__ = ['check_state_dict', 'load_checkpoint', 'unwrap_state_dict']
+
+
+def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """Find the weights in a checkpoint: the released `{'net': ...}`, timm's wrappers, with or without `module.`.
+
+    Raises:
+        RuntimeError: There are no weights in it.
+    """
+    for key in ('net', 'state_dict_ema', 'model_ema', 'state_dict', 'model'):
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
+            checkpoint = checkpoint[key]
+    if not isinstance(checkpoint, dict):
+        raise RuntimeError(f'Expected a dictionary of weights in the checkpoint, got {type(checkpoint).__name__}.')
+    weights = {}
+    for name, value in checkpoint.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise RuntimeError(
+                f'Expected a dictionary from parameter names to tensors, got {name!r}: {type(value).__name__}.')
+        while name.startswith(('module.', '_orig_mod.')):
+            name = name.split('.', 1)[1]
+        weights[name] = value
+    if not weights:
+        raise RuntimeError('The checkpoint holds no weights.')
+    return weights
+
+
+def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, most: int = 3) -> None:
+    """Raise one readable error unless weights and model have the same names and shapes.
+
+    Args:
+        state_dict: Weights, already converted to our names.
+        model: The model they are meant for.
+        most: How many differences of each kind to name.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    expected = {name: tuple(value.shape) for name, value in nn.Module.state_dict(model).items()}
+    given = {name: tuple(value.shape) for name, value in state_dict.items()}
+    differences = {
+        'missing': [name for name in expected if name not in given],
+        'not part of the model': [name for name in given if name not in expected],
+        'of another shape': [
+            f'{name} {given[name]} instead of {shape}'
+            for name, shape in expected.items() if given.get(name, shape) != shape],
+    }
+    lines = [
+        f'  {len(names)} {kind}: {", ".join(names[:most])}{", ..." if len(names) > most else ""}'
+        for kind, names in differences.items() if names]
+    if lines:
+        raise RuntimeError(
+            f'The checkpoint does not fit {type(model).__name__} as built: {len(given)} tensors given,'
+            f' {len(expected)} expected.\n' + '\n'.join(lines) +
+            '\nCreate the model that the checkpoint was made for (same name, num_classes, in_chans and options).')
+
+
+def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
+    """Load a checkpoint file into one of our models: the authors' `.pth`, our own, or safetensors.
+
+    A pickle is read with `weights_only`: it cannot run code.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'No checkpoint file at {path}.')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import load_file
+            checkpoint = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # each format fails in its own ways on a damaged file
+        raise RuntimeError(
+            f'Could not read {path} ({path.stat().st_size} bytes) as a checkpoint: expected a complete .safetensors'
+            f' or .pth file of weights. Download it again if it was cut short. Cause: {error}') from error
+    model.load_state_dict(checkpoint)

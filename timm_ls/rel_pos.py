@@ -1,0 +1,136 @@
+"""Relative position bias on 2-D grids: one dense table of offsets, its expansion, resizing and conversion."""
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import register_notrace_function
+
+from .window import halo_width, is_tracing_shapes
+
+__all__ = ['RelPosBias2d', 'expand_aliased_table', 'position_bias', 'resize_bias_table']
+
+
+def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    """Resize a bias table to another number of offsets: bicubic, in float32, the zero offset staying in the middle.
+
+    Args:
+        table: [num_heads, rows, cols].
+        size: New rows and columns.
+
+    Returns:
+        [num_heads, *size], of the dtype of `table`; equal to `table` when the size does not change.
+    """
+    resized = F.interpolate(table.float().unsqueeze(0), size=size, mode='bicubic', align_corners=False)
+    return resized.squeeze(0).to(table.dtype)
+
+
+@register_notrace_function
+def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
+    """Look up the bias of every query for every key, resizing the table where it has other offsets than these.
+
+    The offset of query row `y` to key row `k` is found at table row `y - k + key rows - 1`, likewise for columns:
+    the first query sees the last key at the table's first row, the last query the first key at its last row.
+
+    Args:
+        table: One value per head and offset, [num_heads, query rows + key rows - 1, query cols + key cols - 1].
+        query_size: Rows and columns of the queries.
+        key_size: Rows and columns of the keys.
+
+    Returns:
+        Bias, [num_heads, query rows, query cols, key rows, key cols].
+    """
+    qh, qw = query_size
+    kh, kw = key_size
+    device = table.device
+    size = (qh + kh - 1, qw + kw - 1)
+    # a comparison of symbolic sizes would tie the graph to one image size; resizing to the same size is the identity
+    if is_tracing_shapes() or table.shape[1] != size[0] or table.shape[2] != size[1]:
+        table = resize_bias_table(table, size)
+    rows = torch.arange(qh, device=device)[:, None] - torch.arange(kh, device=device)[None, :] + kh - 1
+    cols = torch.arange(qw, device=device)[:, None] - torch.arange(kw, device=device)[None, :] + kw - 1
+    bias = table.index_select(1, rows.flatten()).index_select(2, cols.flatten())
+    return bias.reshape(table.shape[0], qh, kh, qw, kw).permute(0, 1, 3, 2, 4)
+
+
+def expand_aliased_table(table: torch.Tensor) -> torch.Tensor:
+    """Turn the released window bias table into a dense one, without loss.
+
+    The released code stores `2 (w + p - 1) (w + 2p + 1) + 1` rows and reads offset `(dy, dx)`, counted from 0, at
+    row `dy * (w + 2p) + dx`: the stride is shorter than a row of offsets, so that several offsets share a value.
+
+    Args:
+        table: As released, [rows, num_heads].
+
+    Returns:
+        Dense table, [num_heads, 2 (w + p) - 1, 2 (w + p) - 1].
+
+    Raises:
+        ValueError: No window size has that many rows.
+    """
+    for window_size in range(1, 65):
+        p = halo_width(window_size)
+        if table.shape[0] == 2 * (window_size + p - 1) * (window_size + 2 * p + 1) + 1:
+            offsets = torch.arange(2 * (window_size + p) - 1, device=table.device)
+            return table[offsets[:, None] * (window_size + 2 * p) + offsets[None, :]].permute(2, 0, 1).contiguous()
+    raise ValueError(
+        f'A released window bias table of shape {tuple(table.shape)} fits no window size: expected'
+        ' 2 (w + p - 1) (w + 2p + 1) + 1 rows with p = w // 2, for example 253 for w = 7 or 375 for w = 8.')
+
+
+class RelPosBias2d(nn.Module):
+    """Learned relative position bias for patch tokens and, optionally, global tokens.
+
+    Args:
+        num_heads: Attention heads.
+        table_size: Offsets along rows and columns: query size + key size - 1 on each axis.
+        num_global_tokens: Global tokens, each with a bias for all patches, from all patches, and for each other
+            (0 leaves these out).
+    """
+
+    def __init__(
+            self,
+            num_heads: int,
+            table_size: Tuple[int, int],
+            num_global_tokens: int = 0,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_heads = num_heads
+        self.table = nn.Parameter(torch.empty(num_heads, table_size[0], table_size[1], **dd))
+        if num_global_tokens > 0:
+            # [0]: global queries, patch keys; [1]: patch queries, global keys
+            self.global_patch = nn.Parameter(torch.empty(2, num_heads, num_global_tokens, **dd))
+            self.global_global = nn.Parameter(torch.empty(num_heads, num_global_tokens, num_global_tokens, **dd))
+        else:
+            self.global_patch = None
+            self.global_global = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all biases from a truncated normal of standard deviation 0.02, as released."""
+        for parameter in self.parameters():
+            trunc_normal_(parameter, std=.02)
+
+    @torch.jit.ignore
+    def set_table_size(self, table_size: Tuple[int, int]) -> None:
+        """Resize the table in place of the old one, keeping its `requires_grad`."""
+        if tuple(self.table.shape[1:]) != tuple(table_size):
+            table = resize_bias_table(self.table.detach(), table_size)
+            self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
+
+    def forward(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
+        """Bias between grids, [num_heads, query rows, query cols, key rows, key cols], resized to fit if need be."""
+        return position_bias(self.table, query_size, key_size)
+
+    def forward_global(self, bias: torch.Tensor) -> torch.Tensor:
+        """Extend a patch-to-patch bias [num_heads, N, N] by the global tokens in front, [num_heads, g + N, g + N]."""
+        global_patch, global_global = self.global_patch, self.global_global
+        assert global_patch is not None and global_global is not None
+        N, g = bias.shape[-1], global_patch.shape[-1]
+        from_global = torch.cat([global_global, global_patch[0].unsqueeze(-1).expand(-1, g, N)], dim=-1)
+        from_patch = torch.cat([global_patch[1].unsqueeze(1).expand(-1, N, g), bias], dim=-1)
+        return torch.cat([from_global, from_patch], dim=1)

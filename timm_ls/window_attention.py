@@ -1,0 +1,325 @@
+"""Attention of every token to its window's halo and to a few extra keys: one mathematics, two implementations.
+
+`window_attention` is the one place that chooses between them:
+
+- 'tiled': windows grouped by the part of their halo that lies inside the map, so that all keys are valid and no mask
+  exists; a bounded number of windows at a time; the backward pass recomputes what it needs. Eager mode.
+- 'masked': one gather and one attention call over all windows, with a mask. No Python decision depends on a size, so
+  that it can be scripted, traced, compiled and exported with dynamic sizes; plain autograd.
+"""
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Iterator, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.models import register_notrace_function
+from torch.autograd.function import once_differentiable
+
+from .window import (
+    AxisSpan,
+    axis_spans,
+    gather_windows,
+    halo_width,
+    is_tracing_shapes,
+    merge_windows,
+    window_index,
+    window_view,
+)
+
+__all__ = ['attend', 'attention_implementation', 'window_attention']
+
+IMPLEMENTATIONS = ('auto', 'tiled', 'masked')
+_implementation: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
+
+# Bytes of keys and values gathered at a time: a few MB stay in cache, and keep peak memory flat at any image size
+TILE_BYTES = 4 * 2 ** 20
+
+
+@contextmanager
+def attention_implementation(name: str) -> Iterator[None]:
+    """Force how window attention is computed, for debugging and comparison.
+
+    Both ways give the same values and gradients up to rounding. Scripted, compiled and exported models always hold the
+    masked one.
+
+    Args:
+        name: 'tiled', 'masked', or 'auto' (the default: tiled in eager mode, masked where a graph is captured and
+            where attention dropout is active).
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f'Unknown attention implementation {name!r}: expected one of {", ".join(IMPLEMENTATIONS)}.')
+    token = _implementation.set(name)
+    try:
+        yield
+    finally:
+        _implementation.reset(token)
+
+
+def attend(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """Scaled dot-product attention with an additive bias, fused or plain (softmax in float32).
+
+    Args:
+        q: Queries, [..., heads, L, d].
+        k: Keys, [..., heads, S, d].
+        v: Values, [..., heads, S, d].
+        bias: Added to the scaled logits, broadcastable to [..., heads, L, S].
+        dropout_p: Probability of dropping an attention weight.
+        fused: Use torch's `scaled_dot_product_attention`.
+
+    Returns:
+        [..., heads, L, d].
+    """
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
+    weights = logits.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout_p) @ v
+
+
+@register_notrace_function
+def window_attention(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        window_size: int,
+        num_heads: int,
+        dropout_p: float = 0.,
+        fused: bool = True,
+) -> torch.Tensor:
+    """Attend, in one softmax, from every token to the halo of its window and to extra keys common to the image.
+
+    Args:
+        q: Queries, [B, H, W, C], not yet scaled.
+        kv: Keys and values, [B, H, W, 2, C].
+        extra_kv: Keys and values that all queries of an image see, [B, E, 2, C]; E may be 0.
+        bias: Bias of the halo logits, [num_heads, w, w, w + 2p, w + 2p] with p = w // 2.
+        window_size: w.
+        num_heads: Heads that share the C channels.
+        dropout_p: Probability of dropping an attention weight.
+        fused: Use torch's `scaled_dot_product_attention`.
+
+    Returns:
+        [B, H, W, C].
+    """
+    if torch.jit.is_scripting():
+        return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
+    else:
+        name = 'masked' if is_tracing_shapes() or dropout_p > 0 else _implementation.get()
+        if name == 'masked' or not fused and name == 'auto':
+            return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
+        if bias is not None:
+            bias = bias.to(q.dtype)
+        return _TiledAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)
+
+
+def _masked(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        window_size: int,
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """`window_attention` over all windows at once, positions outside the map masked."""
+    B, H, W, C = q.shape
+    E = extra_kv.shape[1]
+    d = C // num_heads
+    device = q.device
+    q_rows, _ = window_index(H, window_size, 0, device)
+    q_cols, _ = window_index(W, window_size, 0, device)
+    k_rows, rows_valid = window_index(H, window_size, halo_width(window_size), device)
+    k_cols, cols_valid = window_index(W, window_size, halo_width(window_size), device)
+    rows, cols = q_rows.shape[0], q_cols.shape[0]
+    L, K = window_size * window_size, k_rows.shape[1] * k_cols.shape[1]
+
+    valid = (rows_valid[:, None, :, None] & cols_valid[None, :, None, :]).reshape(rows, cols, K, 1)
+    q_win = gather_windows(q, q_rows, q_cols).reshape(B * rows * cols, L, num_heads, d).transpose(1, 2)
+    # zeros, so that nothing gathered for a masked position reaches a value or a gradient, not even as 0 * inf
+    kv_win = gather_windows(kv.flatten(3), k_rows, k_cols).masked_fill(~valid, 0.)
+    extra = extra_kv.flatten(2)[:, None, None].expand(B, rows, cols, E, 2 * C)
+    kv_win = torch.cat([extra, kv_win], dim=3).reshape(B * rows * cols, E + K, 2, num_heads, d).permute(2, 0, 3, 1, 4)
+
+    mask = torch.zeros(rows * cols, 1, 1, K, device=device, dtype=q.dtype)
+    mask = mask.masked_fill(~valid.reshape(rows * cols, 1, 1, K), torch.finfo(q.dtype).min)  # finite: 0 weight, no NaN
+    if bias is not None:
+        mask = mask + bias.to(q.dtype).reshape(1, num_heads, L, K)
+    mask = F.pad(mask, (E, 0))
+    mask = mask[None].expand(B, -1, -1, -1, -1).reshape(B * rows * cols, mask.shape[1], mask.shape[2], E + K)
+
+    out = attend(q_win, kv_win[0], kv_win[1], mask, dropout_p, fused)
+    out = out.transpose(1, 2).reshape(B, rows, cols, L, C)
+    return merge_windows(out, window_size, H, W)
+
+
+class _Tile(NamedTuple):
+    """A block of windows with the same valid part of the halo, of a few images."""
+
+    images: slice
+    row: AxisSpan
+    col: AxisSpan
+
+    def queries(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+        """View of the tile's queries in a map, [b, n, m, query rows, query cols, C]."""
+        return window_view(
+            x[self.images],
+            self.row.query_start, self.row.query_size, self.row.count,
+            self.col.query_start, self.col.query_size, self.col.count,
+            stride=window_size,
+        )
+
+    def keys(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
+        """View of the tile's overlapping halos in a map, [b, n, m, key rows, key cols, C]."""
+        return window_view(
+            x[self.images],
+            self.row.key_start, self.row.key_size, self.row.count,
+            self.col.key_start, self.col.key_size, self.col.count,
+            stride=window_size,
+        )
+
+    def bias(self, x: torch.Tensor) -> torch.Tensor:
+        """View of the tile's part of a full-halo bias, [heads, query rows, query cols, key rows, key cols]."""
+        row, col = self.row, self.col
+        return x[
+            :, :row.query_size, :col.query_size,
+            row.halo_offset:row.halo_offset + row.key_size, col.halo_offset:col.halo_offset + col.key_size]
+
+
+def _tiles(batch: int, height: int, width: int, window_size: int, key_bytes: int) -> Iterator[_Tile]:
+    """Cut a batch of maps into tiles of about `TILE_BYTES` of gathered keys, at `key_bytes` per key and image."""
+    for row in axis_spans(height, window_size):
+        for col in axis_spans(width, window_size):
+            row_bytes = col.count * row.key_size * col.key_size * key_bytes  # one row of windows, one image
+            images = min(batch, max(1, TILE_BYTES // (row_bytes * row.count)))
+            rows = row.count if images > 1 else min(row.count, max(1, TILE_BYTES // row_bytes))
+            for first in range(0, row.count, rows):
+                part = row._replace(
+                    count=min(rows, row.count - first),
+                    query_start=row.query_start + first * window_size,
+                    key_start=row.key_start + first * window_size,
+                )
+                for image in range(0, batch, images):
+                    yield _Tile(slice(image, min(batch, image + images)), part, col)
+
+
+def _gather_keys(tile: _Tile, kv: torch.Tensor, extra_kv: torch.Tensor, window_size: int) -> torch.Tensor:
+    """Extra keys, then the halo, of each window of a tile: [windows, E + K, 2 * C]."""
+    halo = tile.keys(kv.flatten(3), window_size)
+    b, n, m, kh, kw, C2 = halo.shape
+    E = extra_kv.shape[1]
+    keys = kv.new_empty(b, n, m, E + kh * kw, C2)
+    keys[..., :E, :] = extra_kv[tile.images].flatten(2)[:, None, None]
+    keys[..., E:, :].unflatten(3, (kh, kw)).copy_(halo)
+    return keys.flatten(0, 2)
+
+
+def _tile_bias(tile: _Tile, bias: Optional[torch.Tensor], num_extra: int) -> Optional[torch.Tensor]:
+    """Bias of a tile's logits, zero for the extra keys: [heads, L, E + K]."""
+    if bias is None:
+        return None
+    return F.pad(tile.bias(bias).flatten(3).flatten(1, 2), (num_extra, 0))
+
+
+class _TiledAttention(torch.autograd.Function):
+    """`window_attention` tile by tile, keeping only its inputs and its output for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, q, kv, extra_kv, bias, window_size: int, num_heads: int):
+        B, H, W, C = q.shape
+        E = extra_kv.shape[1]
+        out = q.new_empty(B, H, W, C)
+        for tile in _tiles(B, H, W, window_size, 2 * C * q.element_size()):
+            q_tile = tile.queries(q, window_size)
+            b, n, m, qh, qw, _ = q_tile.shape
+            q_win = q_tile.reshape(b * n * m, qh * qw, num_heads, C // num_heads).transpose(1, 2)
+            keys = _gather_keys(tile, kv, extra_kv, window_size)
+            k_win, v_win = keys.unflatten(2, (2, num_heads, C // num_heads)).permute(2, 0, 3, 1, 4)
+            win_bias = _tile_bias(tile, bias, E)
+            out_win = F.scaled_dot_product_attention(
+                q_win, k_win, v_win, attn_mask=None if win_bias is None else win_bias[None])
+            tile.queries(out, window_size).copy_(out_win.transpose(1, 2).reshape(b, n, m, qh, qw, C))
+        ctx.save_for_backward(q, kv, extra_kv, bias, out)
+        ctx.window_size, ctx.num_heads = window_size, num_heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, kv, extra_kv, bias, out = ctx.saved_tensors
+        window_size, num_heads = ctx.window_size, ctx.num_heads
+        B, H, W, C = q.shape
+        E, d = extra_kv.shape[1], C // num_heads
+        scale = d ** -0.5
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_kv = torch.zeros(B, H, W, 2 * C, dtype=kv.dtype, device=kv.device)
+        # summed over all windows: in float32 also for half-precision inputs
+        grad_extra = torch.zeros(B, E, 2 * C, dtype=torch.promote_types(kv.dtype, torch.float32), device=kv.device)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+
+        def heads_first(x, num_parts=1):  # [windows, L, parts * C] -> [parts, windows * heads, L, d]
+            x = x.unflatten(2, (num_parts, num_heads, d)).permute(2, 0, 3, 1, 4)
+            return x.reshape(num_parts, -1, x.shape[3], d)
+
+        for tile in _tiles(B, H, W, window_size, 2 * C * q.element_size()):
+            b, n, m, qh, qw, _ = tile.queries(q, window_size).shape
+            windows, L = b * n * m, qh * qw
+            q_win, g_win, o_win = (heads_first(tile.queries(x, window_size).reshape(windows, L, C))[0]
+                                   for x in (q, grad_out, out))
+            k_win, v_win = heads_first(_gather_keys(tile, kv, extra_kv, window_size), 2)
+
+            logits = torch.bmm(q_win * scale, k_win.transpose(1, 2)).unflatten(0, (windows, num_heads))
+            if bias is not None:
+                logits = logits + _tile_bias(tile, bias, E)
+            weights = logits.softmax(dim=-1, dtype=grad_extra.dtype).flatten(0, 1)
+            del logits
+            grad_weights = torch.bmm(g_win, v_win.transpose(1, 2)).to(weights.dtype)
+            row_sum = (g_win * o_win).sum(dim=-1, keepdim=True, dtype=weights.dtype)
+            grad_logits = grad_weights.sub_(row_sum).mul_(weights)
+            if grad_bias is not None:
+                tile_grad = grad_logits[..., E:].unflatten(0, (windows, num_heads)).sum(dim=0)
+                tile.bias(grad_bias).add_(tile_grad.reshape(tile.bias(grad_bias).shape))
+            weights, grad_logits = weights.to(q.dtype), grad_logits.to(q.dtype)
+
+            grad_q_win = torch.bmm(grad_logits, k_win).mul_(scale).unflatten(0, (windows, num_heads))
+            tile.queries(grad_q, window_size).copy_(grad_q_win.transpose(1, 2).reshape(b, n, m, qh, qw, C))
+            grad_keys = torch.stack([
+                torch.bmm(grad_logits.transpose(1, 2), q_win).mul_(scale),
+                torch.bmm(weights.transpose(1, 2), g_win),
+            ]).unflatten(1, (windows, num_heads)).permute(1, 3, 0, 2, 4).reshape(b, n, m, -1, 2 * C)
+            grad_extra[tile.images] += grad_keys[..., :E, :].sum(dim=(1, 2), dtype=grad_extra.dtype)
+            _scatter_keys(tile, grad_kv, grad_keys[..., E:, :], window_size)
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(bias.dtype)
+        return grad_q, grad_kv.unflatten(3, (2, C)), grad_extra.to(kv.dtype).unflatten(2, (2, C)), grad_bias, None, None
+
+
+def _scatter_keys(tile: _Tile, grad_kv: torch.Tensor, grad_keys: torch.Tensor, window_size: int) -> None:
+    """Add the gradients of overlapping halos, [b, n, m, K, 2 * C], to a map.
+
+    A halo is at most two windows wide, so that every other one does not overlap: four additions, one per parity.
+    """
+    row, col = tile.row, tile.col
+    for i in range(min(2, row.count)):
+        for j in range(min(2, col.count)):
+            part = window_view(
+                grad_kv[tile.images],
+                row.key_start + i * window_size, row.key_size, len(range(i, row.count, 2)),
+                col.key_start + j * window_size, col.key_size, len(range(j, col.count, 2)),
+                stride=2 * window_size,
+            )
+            part.add_(grad_keys[:, i::2, j::2].unflatten(3, (row.key_size, col.key_size)))
