@@ -13,7 +13,9 @@ __all__ = ['RelPosBias2d', 'expand_aliased_table', 'position_bias', 'resize_bias
 
 
 def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Resize a bias table to another number of offsets: bicubic, in float32, the zero offset staying in the middle.
+    """Resize a bias table to another number of offsets: bicubic, the zero offset staying in the middle.
+
+    Computed in float32 at least, so that half-precision tables lose nothing more than their own rounding.
 
     Args:
         table: [num_heads, rows, cols].
@@ -22,7 +24,8 @@ def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tenso
     Returns:
         [num_heads, *size], of the dtype of `table`; equal to `table` when the size does not change.
     """
-    resized = F.interpolate(table.float().unsqueeze(0), size=size, mode='bicubic', align_corners=False)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    resized = F.interpolate(wide.unsqueeze(0), size=size, mode='bicubic', align_corners=False)
     return resized.squeeze(0).to(table.dtype)
 
 

@@ -67,7 +67,7 @@ def attend(
         dropout_p: float,
         fused: bool,
 ) -> torch.Tensor:
-    """Scaled dot-product attention with an additive bias, fused or plain (softmax in float32).
+    """Scaled dot-product attention with an additive bias, fused or plain (softmax in float32 at least).
 
     Args:
         q: Queries, [..., heads, L, d].
@@ -85,7 +85,7 @@ def attend(
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = logits.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return F.dropout(weights, dropout_p) @ v
 
 
@@ -141,16 +141,18 @@ def _masked(
     E = extra_kv.shape[1]
     d = C // num_heads
     device = q.device
-    q_rows, _ = window_index(H, window_size, 0, device)
-    q_cols, _ = window_index(W, window_size, 0, device)
+    q_rows, q_rows_valid = window_index(H, window_size, 0, device)
+    q_cols, q_cols_valid = window_index(W, window_size, 0, device)
     k_rows, rows_valid = window_index(H, window_size, halo_width(window_size), device)
     k_cols, cols_valid = window_index(W, window_size, halo_width(window_size), device)
     rows, cols = q_rows.shape[0], q_cols.shape[0]
     L, K = window_size * window_size, k_rows.shape[1] * k_cols.shape[1]
 
+    # zeros, so that nothing gathered for a position outside the map reaches a value or a gradient, not even as 0 * inf
+    q_valid = (q_rows_valid[:, None, :, None] & q_cols_valid[None, :, None, :]).reshape(rows, cols, L, 1)
+    q_win = gather_windows(q, q_rows, q_cols).masked_fill(~q_valid, 0.)
+    q_win = q_win.reshape(B * rows * cols, L, num_heads, d).transpose(1, 2)
     valid = (rows_valid[:, None, :, None] & cols_valid[None, :, None, :]).reshape(rows, cols, K, 1)
-    q_win = gather_windows(q, q_rows, q_cols).reshape(B * rows * cols, L, num_heads, d).transpose(1, 2)
-    # zeros, so that nothing gathered for a masked position reaches a value or a gradient, not even as 0 * inf
     kv_win = gather_windows(kv.flatten(3), k_rows, k_cols).masked_fill(~valid, 0.)
     extra = extra_kv.flatten(2)[:, None, None].expand(B, rows, cols, E, 2 * C)
     kv_win = torch.cat([extra, kv_win], dim=3).reshape(B * rows * cols, E + K, 2, num_heads, d).permute(2, 0, 3, 1, 4)
