@@ -168,6 +168,7 @@ class PyramidTransformer(nn.Module):
 
     Args:
         stages: The levels, each from NCHW to NCHW; the last one may return global tokens.
+        attn_types: Attention of each level, 'ls' or 'full'.
         dims: Channels of each level.
         reductions: Stride of each level with respect to the image.
         num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
@@ -181,6 +182,7 @@ class PyramidTransformer(nn.Module):
     def __init__(
             self,
             stages: List[Stage],
+            attn_types: Tuple[str, ...],
             dims: Tuple[int, ...],
             reductions: Tuple[int, ...],
             num_global_tokens: int,
@@ -198,6 +200,7 @@ class PyramidTransformer(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.num_global_tokens = num_global_tokens
+        self.attn_types = attn_types
         self.reductions = reductions
         self.grad_checkpointing = False
         self.feature_info = [

@@ -164,6 +164,7 @@ class VilLs(PyramidTransformer):
 
         super().__init__(
             stages,
+            attn_types=tuple(attn_types),
             dims=tuple(embed_dims),
             reductions=tuple(reductions),
             num_global_tokens=num_global_tokens[-1],
