@@ -308,7 +308,7 @@ class PyramidTransformer(nn.Module):
         if global_pool not in known:
             raise ValueError(f'Unknown global_pool={global_pool!r}: this model has {", ".join(map(repr, known))}.')
         self.global_pool = global_pool
-        pool_type = '' if self.num_global_tokens > 0 else global_pool
+        pool_type = 'fast' + global_pool if global_pool and self.num_global_tokens == 0 else ''
         self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type)).train(self.training)
 
     @torch.jit.ignore
