@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, get_device_dtype, trunc_normal_
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
@@ -267,7 +268,8 @@ class PyramidTransformer(nn.Module):
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         """Make the full-attention stages' bias tables for another image size, resizing what was learned.
 
-        Never needed to run another size, which resizes on the way: it is for training at that size.
+        Never needed to run another size, which resizes on the way: it is for training at that size. Exported
+        configurations keep the size.
 
         Args:
             img_size: Side, or height and width, in pixels.
@@ -276,6 +278,7 @@ class PyramidTransformer(nn.Module):
             for module in stage.modules():
                 if isinstance(module, GlobalAttention2d):
                     module.set_grid_size(grid_size(img_size, reduction))
+        update_model_input_size(self, img_size)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
