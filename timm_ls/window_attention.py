@@ -116,6 +116,7 @@ def window_attention(
     Returns:
         [B, H, W, C].
     """
+    kv, extra_kv = kv.to(q.dtype), extra_kv.to(q.dtype)  # autocast gives norms in float32 on some devices
     if torch.jit.is_scripting():
         return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
     else:
