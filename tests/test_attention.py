@@ -299,6 +299,36 @@ def test_tile_size_changes_nothing(monkeypatch, tile_bytes):
     assert worst(grads, expected_grads) <= 1e-12
 
 
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_mixed_types(implementation):
+    """Keys that autocast left in float32 beside queries in bfloat16: as if cast first, forward and backward."""
+    torch.manual_seed(0)
+    q, kv, extra = torch.randn(1, 5, 9, 8), torch.randn(1, 5, 9, 2, 8), torch.randn(1, 3, 2, 8)
+    bias = torch.randn(2, 3, 3, 5, 5)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [t.clone().requires_grad_() for t in (q.bfloat16(), kv.to(dtype), extra.to(dtype), bias)]
+        with attention_implementation(implementation):
+            out = timm_ls.window_attention.window_attention(*inputs, window_size=3, num_heads=2)
+        out.float().square().sum().backward()
+        results.append([out] + [t.grad.bfloat16() for t in inputs])
+        assert out.dtype == torch.bfloat16
+    for wide, narrow in zip(*results):
+        assert torch.equal(wide, narrow)
+
+
+def test_plain_path():
+    """Without torch's fused attention, as timm chooses for export, the same values and gradients."""
+    layer, x, tokens = build(5, size=(6, 9), dim=12, num_heads=3, window_size=4, rank=4, num_global_tokens=1)
+    expected, expected_grads = run(layer, x, tokens, 'auto')
+    layer.fused_attn = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, 'scaled_dot_product_attention', None)
+        outputs, grads = run(layer, x, tokens, 'auto')
+    assert worst(outputs, expected) < 1e-12
+    assert worst(grads, expected_grads) < 1e-12
+
+
 def test_forcing_an_implementation():
     """The choice is scoped, and a name that does not exist is refused."""
     chosen = []

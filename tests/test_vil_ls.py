@@ -201,6 +201,18 @@ def test_any_size(attn_types, size):
     assert (alone - logits).abs().max() < 1e-5 * scale
 
 
+@pytest.mark.parametrize('implementation', ['tiled', 'masked'])
+def test_empty_batch(implementation):
+    """No images give no logits, and a backward pass."""
+    model = small_model()
+    x = torch.zeros(0, 3, 64, 96, requires_grad=True)
+    with timm_ls.attention_implementation(implementation):
+        logits = model(x)
+    assert logits.shape == (0, 10)
+    logits.sum().backward()
+    assert x.grad.shape == x.shape
+
+
 def test_padding_of_the_image_is_zeros():
     """An image whose sides the stride does not divide gives what it gives with zeros at the right and the bottom."""
     model = small_model()

@@ -42,16 +42,17 @@ def sum_per_head(weights: torch.Tensor, values: torch.Tensor, num_heads: int) ->
     Returns:
         [B, r, ..., C].
     """
-    B, N = values.shape[0], values.shape[1]
-    C = values.shape[-1]
+    B, C = values.shape[0], values.shape[-1]
     r = weights.shape[-1] // num_heads
+    shape = [B, r] + list(values.shape[2:])
+    values = values.flatten(2)
+    parts = values.shape[2] // C
     # weights that add up to one over a million tokens, times this, are still normal numbers in float16; a power of two
     # changes no digit of any other type
     scale = 256.
-    sums = (weights * scale).to(values.dtype).transpose(1, 2) @ values.reshape(B, N, -1)
-    sums = (sums / scale).reshape(B, num_heads, r, -1, num_heads, C // num_heads)
-    sums = sums.diagonal(dim1=1, dim2=4).permute(0, 1, 2, 4, 3)  # [B, r, ..., heads, C / heads]
-    return sums.reshape([B, r] + list(values.shape[2:]))
+    sums = (weights * scale).to(values.dtype).transpose(1, 2) @ values
+    sums = (sums / scale).reshape(B, num_heads, r, parts, num_heads, C // num_heads)
+    return sums.diagonal(dim1=1, dim2=4).permute(0, 1, 2, 4, 3).reshape(shape)  # from [B, r, parts, heads, C / heads]
 
 
 class LongShortAttention2d(nn.Module):

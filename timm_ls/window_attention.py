@@ -116,6 +116,7 @@ def window_attention(
     Returns:
         [B, H, W, C].
     """
+    kv, extra_kv = kv.to(q.dtype), extra_kv.to(q.dtype)  # autocast gives norms in float32 on some devices
     if torch.jit.is_scripting():
         return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
     else:
@@ -204,7 +205,7 @@ def _tiles(batch: int, height: int, width: int, window_size: int, key_bytes: int
     for row in axis_spans(height, window_size):
         for col in axis_spans(width, window_size):
             row_bytes = col.count * row.key_size * col.key_size * key_bytes  # one row of windows, one image
-            images = min(batch, max(1, TILE_BYTES // (row_bytes * row.count)))
+            images = max(1, min(batch, TILE_BYTES // (row_bytes * row.count)))
             rows = row.count if images > 1 else min(row.count, max(1, TILE_BYTES // row_bytes))
             for first in range(0, row.count, rows):
                 part = row._replace(
