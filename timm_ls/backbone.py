@@ -176,7 +176,7 @@ class PyramidTransformer(nn.Module):
         num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', '' (none) or, if the last stage returns global tokens, 'token'.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' (none) or, if the last stage returns global tokens, 'token'.
         drop_rate: Dropout probability before the classifier.
         norm_layer: From channels to a norm over the last dimension.
     """
@@ -200,10 +200,10 @@ class PyramidTransformer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
         self.num_global_tokens = num_global_tokens
         self.attn_types = attn_types
-        self.reductions = reductions
+        self.reductions = list(reductions)  # a script indexes lists only
         self.grad_checkpointing = False
         self.feature_info = [
             dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')
@@ -214,7 +214,7 @@ class PyramidTransformer(nn.Module):
         self.norm = norm_layer(dims[-1], **dd)
         self.set_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dims[-1], num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -298,7 +298,7 @@ class PyramidTransformer(nn.Module):
             self.set_global_pool(global_pool)
         head = nn.Identity()
         if num_classes > 0:
-            head = nn.Linear(self.num_features, num_classes, **get_device_dtype(self))
+            head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             trunc_normal_(head.weight, std=.02)
             nn.init.zeros_(head.bias)
         self.head = head.train(self.training)
@@ -310,12 +310,13 @@ class PyramidTransformer(nn.Module):
         Raises:
             ValueError: The model has no such pooling.
         """
-        known = ('token', 'avg', '') if self.num_global_tokens > 0 else ('avg', 'max', 'avgmax', '')
+        known = ('token', 'avg', '') if self.num_global_tokens > 0 else ('avg', 'max', 'avgmax', 'catavgmax', '')
         if global_pool not in known:
             raise ValueError(f'Unknown global_pool={global_pool!r}: this model has {", ".join(map(repr, known))}.')
         self.global_pool = global_pool
         pool_type = 'fast' + global_pool if global_pool and self.num_global_tokens == 0 else ''
         self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type)).train(self.training)
+        self.head_hidden_size = self.num_features * self.pool.feat_mult()
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
@@ -335,7 +336,6 @@ class PyramidTransformer(nn.Module):
         """The family's checkpoint conversion; see `checkpoint_filter_fn` beside each family."""
         return state_dict
 
-    @torch.jit.ignore
     def forward_intermediates(
             self,
             x: torch.Tensor,
@@ -359,24 +359,29 @@ class PyramidTransformer(nn.Module):
             The result of `forward_features` (of the last stage run, with `stop_early`) and the list of maps.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f"Unknown output_fmt={output_fmt!r}: maps are returned as 'NCHW' only.")
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        height, width = x.shape[-2:]
-        last = len(self.feature_info) - 1
-        intermediates = []
+            raise ValueError(f"Unknown output_fmt='{output_fmt}': maps are returned as 'NCHW' only.")
+        num_stages = len(self.stages)
+        take_indices, max_index = feature_take_indices(num_stages, indices)
         x = check_image(x, self.in_chans)
-        for i, stage in enumerate(self.stages[:max_index + 1] if stop_early else self.stages):
+        height, width = x.shape[2], x.shape[3]
+        intermediates: List[torch.Tensor] = []
+        if torch.jit.is_scripting() or not stop_early:  # a script cannot slice modules
+            stages = self.stages
+        else:
+            stages = self.stages[:max_index + 1]
+        i = 0
+        for i, stage in enumerate(stages):
             x = stage(x)
-            normed = self.forward_norm(x) if i == last else x
             if i in take_indices:
-                level = normed if norm else x
+                level = self.forward_norm(x) if norm and i == num_stages - 1 else x
                 if level.ndim == 3:  # global tokens in front
-                    rows, cols = grid_size((height, width), self.reductions[i])
-                    level = level[:, self.num_global_tokens:].transpose(1, 2).unflatten(2, (rows, cols))
+                    size = ceil_div(height, self.reductions[i]), ceil_div(width, self.reductions[i])
+                    level = level[:, self.num_global_tokens:].transpose(1, 2).unflatten(2, size)
                 intermediates.append(level)
-            x = normed
         if intermediates_only:
             return intermediates
+        if i == num_stages - 1:
+            x = self.forward_norm(x)
         return x, intermediates
 
     @torch.jit.ignore
@@ -395,11 +400,12 @@ class PyramidTransformer(nn.Module):
         if max_index < len(self.feature_info) - 1:
             self.stages = self.stages[:max_index + 1]
             self.feature_info = self.feature_info[:max_index + 1]
-            self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs']
+            self.num_features = self.feature_info[-1]['num_chs']
             self.num_global_tokens = 0
             prune_norm = True  # made for the channels of a stage that is gone
         if prune_norm:
             self.norm = nn.Identity()
+        self.head_hidden_size = self.num_features * self.pool.feat_mult()
         if prune_head:
             self.reset_classifier(0, '')
         return take_indices

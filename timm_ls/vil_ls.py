@@ -60,7 +60,7 @@ class VilLs(PyramidTransformer):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', '' or, with a global token in the last stage, 'token'.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' or, with a global token in the last stage, 'token'.
         img_size: Image size that the bias tables of full-attention stages are made for. Other sizes run as well.
         embed_dims: Channels per stage.
         depths: Blocks per stage.
