@@ -5,6 +5,7 @@ from .attention import GlobalAttention2d, LongShortAttention2d
 from .checkpoint import load_checkpoint
 from .cvt_ls import CvtLs, fuse_conv_bn
 from .vil_ls import VilLs
+from .warm_start import WarmStart, warm_start
 from .window_attention import attention_implementation
 
 __version__ = _version('timm-ls')
@@ -14,7 +15,9 @@ __all__ = [
     'GlobalAttention2d',
     'LongShortAttention2d',
     'VilLs',
+    'WarmStart',
     'attention_implementation',
     'fuse_conv_bn',
     'load_checkpoint',
+    'warm_start',
 ]

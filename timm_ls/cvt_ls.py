@@ -517,7 +517,7 @@ def rename_cvt(name: str) -> str:
     match = re.fullmatch(r'(.+)(\.(?:weight|bias|running_mean|running_var|num_batches_tracked))', name)
     if match is not None:
         middle, leaf = match[1], match[2]
-    match = re.fullmatch(r'(?:stage|cvt\.encoder\.stages\.|encoder\.stages\.)(\d+)\.(?:(?:blocks|layers)\.(\d+)\.)?(.+)', middle)
+    match = re.fullmatch(r'(?:stage|(?:cvt\.)?encoder\.stages\.)(\d+)\.(?:(?:blocks|layers)\.(\d+)\.)?(.+)', middle)
     if match is None:
         return CVT_HEAD_NAMES.get(middle, middle) + leaf
     stage, block, middle = match[1], match[2], match[3]
@@ -545,7 +545,9 @@ def merge_convolutions(weights: Dict[str, torch.Tensor], model: nn.Module) -> Di
         if match is None:
             continue
         attn, module, leaf = match[1], match[2], match[3]
-        parts = 'kv' if module == 'depthwise_kv' else 'q' if f'{attn}.conv_qkv.depthwise_kv.{leaf}' in expected else 'qkv'
+        parts = 'kv' if module == 'depthwise_kv' else 'qkv'
+        if module == 'depthwise' and f'{attn}.conv_qkv.depthwise_kv.{leaf}' in expected:
+            parts = 'q'
         names = [f'{attn}.conv_{part}.{leaf}' for part in parts]
         if all(part in weights for part in names):
             values = [weights[part] for part in names]
