@@ -5,18 +5,20 @@ Zhu et al., "Long-Short Transformer: Efficient Transformers for Language and Vis
 from typing import Final, List, Optional, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import use_fused_attn
 
 from .rel_pos import RelPosBias2d
 from .window import halo_width
-from .window_attention import attend, window_attention
+from .window_attention import attend, softmax, window_attention
 
 __all__ = ['GlobalAttention2d', 'LongShortAttention2d']
 
-# Weights that add up to one over a million tokens, times this, are still normal numbers in float16; a power of two
-# changes no digit of any other type
-WEIGHT_SCALE = 256.
+# called with sizes that torch.fx does not know
+torch.fx.wrap('attend')
+torch.fx.wrap('softmax')
+torch.fx.wrap('window_attention')
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -25,6 +27,7 @@ def check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(f'dim={dim} is not divisible by num_heads={num_heads}: every head needs dim / num_heads channels.')
 
 
+@torch.fx.wrap
 def sum_per_head(weights: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Weighted sums of tokens with weights of their own for each head.
 
@@ -39,13 +42,17 @@ def sum_per_head(weights: torch.Tensor, values: torch.Tensor, num_heads: int) ->
     Returns:
         [B, r, ..., C].
     """
-    B, N = values.shape[0], values.shape[1]
-    C = values.shape[-1]
+    B, C = values.shape[0], values.shape[-1]
     r = weights.shape[-1] // num_heads
-    sums = (weights * WEIGHT_SCALE).to(values.dtype).transpose(1, 2) @ values.reshape(B, N, -1)
-    sums = (sums / WEIGHT_SCALE).reshape(B, num_heads, r, -1, num_heads, C // num_heads)
-    sums = sums.diagonal(dim1=1, dim2=4).permute(0, 1, 2, 4, 3)  # [B, r, ..., heads, C / heads]
-    return sums.reshape([B, r] + list(values.shape[2:]))
+    shape = [B, r] + list(values.shape[2:])
+    values = values.flatten(2)
+    parts = values.shape[2] // C
+    # weights that add up to one over a million tokens, times this, are still normal numbers in float16; a power of two
+    # changes no digit of any other type
+    scale = 256.
+    sums = (weights * scale).to(values.dtype).transpose(1, 2) @ values
+    sums = (sums / scale).reshape(B, num_heads, r, parts, num_heads, C // num_heads)
+    return sums.diagonal(dim1=1, dim2=4).permute(0, 1, 2, 4, 3).reshape(shape)  # from [B, r, parts, heads, C / heads]
 
 
 class LongShortAttention2d(nn.Module):
@@ -199,8 +206,7 @@ class LongShortAttention2d(nn.Module):
 
     def landmarks(self, x: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values [B, H, W, 2, C] into [B, rank, 2, C] by the dynamic projection of x [B, H, W, C]."""
-        logits = self.dynamic_projection(x).flatten(1, 2)
-        weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        weights = softmax(self.dynamic_projection(x).flatten(1, 2), dim=1)
         return self.norm_landmarks(sum_per_head(weights, kv.flatten(1, 2), self.num_heads))
 
     def update_global_tokens(
@@ -221,14 +227,11 @@ class LongShortAttention2d(nn.Module):
         Returns:
             [B, g, C].
         """
-        B, g, C = q.shape
-        h = self.num_heads
+        g, h = self.num_global_tokens, self.num_heads
         # block-diagonal queries: the logits of all heads in one product over the keys as they lie in memory
-        q = (q * self.scale).reshape(B, g, h, self.head_dim).permute(0, 2, 3, 1)
-        q = q[:, :, :, None] * torch.eye(h, device=q.device, dtype=q.dtype)[:, None, :, None]
-        q = q.reshape(B, C, h * g)
-        logits = torch.cat([own_kv[:, :, 0] @ q, keys @ q], dim=1)
-        weights = logits.softmax(dim=1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        q = (q * self.scale).unflatten(-1, (h, self.head_dim)).permute(0, 1, 3, 2)
+        q = q.diag_embed().permute(0, 3, 2, 4, 1).flatten(1, 2).flatten(2)  # [B, C, h * g]
+        weights = softmax(torch.cat([own_kv[:, :, 0] @ q, keys @ q], dim=1), dim=1)
         return sum_per_head(weights[:, :g], own_kv[:, :, 1], h) + sum_per_head(weights[:, g:], values, h)
 
 

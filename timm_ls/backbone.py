@@ -2,24 +2,25 @@
 from typing import Any, Callable, Dict, Final, List, Optional, Set, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, get_device_dtype, trunc_normal_
-from timm.models import checkpoint, named_apply, register_notrace_function
+from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
 
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
-from .window import is_tracing_shapes
+from .window import ceil_div, is_tracing_shapes
 
 __all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'pad_to_multiple']
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
 
-@register_notrace_function
-def check_image(x: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return `x` if it is a batch of images that the models accept, [B, in_chans, H >= 32, W >= 32].
+@torch.fx.wrap
+def check_image(x: torch.Tensor, in_chans: int, min_size: int = MIN_IMAGE_SIZE) -> torch.Tensor:
+    """Return `x` if it is a batch of images that the models accept, [B, in_chans, H >= min_size, W >= min_size].
 
     Raises:
         ValueError: It is not; the message says what was given and what is expected.
@@ -27,16 +28,16 @@ def check_image(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     if not is_tracing_shapes():
         if x.ndim != 4 or x.shape[1] != in_chans:
             raise ValueError(f'Expected images of shape [batch, {in_chans}, height, width], got {list(x.shape)}.')
-        if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
+        if x.shape[2] < min_size or x.shape[3] < min_size:
             raise ValueError(
-                f'Expected images of at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got {x.shape[2]} x {x.shape[3]}.')
+                f'Expected images of at least {min_size} x {min_size} pixels, got {x.shape[2]} x {x.shape[3]}.')
     return x
 
 
-@register_notrace_function
 def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pad a map [B, C, H, W] with zeros at the right and the bottom, so that `multiple` divides H and W."""
-    bottom, right = (-x.shape[2]) % multiple, (-x.shape[3]) % multiple
+    H, W = x.shape[2], x.shape[3]
+    bottom, right = ceil_div(H, multiple) * multiple - H, ceil_div(W, multiple) * multiple - W
     if is_tracing_shapes() or bottom > 0 or right > 0:
         x = F.pad(x, (0, right, 0, bottom))
     return x
@@ -97,7 +98,7 @@ class Block(nn.Module):
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Add a branch to the map and the global tokens, kept or dropped for both alike."""
         if self.training and self.drop_path_rate > 0.:
-            keep = self.drop_path(torch.ones(x.shape[0], 1, 1, dtype=x.dtype, device=x.device))
+            keep = self.drop_path(x.new_ones(x.shape[0], 1, 1))
             dx = dx * keep[..., None]
             if d_tokens is not None:
                 d_tokens = d_tokens * keep
@@ -168,6 +169,7 @@ class PyramidTransformer(nn.Module):
 
     Args:
         stages: The levels, each from NCHW to NCHW; the last one may return global tokens.
+        attn_types: Attention of each level, 'ls' or 'full'.
         dims: Channels of each level.
         reductions: Stride of each level with respect to the image.
         num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
@@ -181,6 +183,7 @@ class PyramidTransformer(nn.Module):
     def __init__(
             self,
             stages: List[Stage],
+            attn_types: Tuple[str, ...],
             dims: Tuple[int, ...],
             reductions: Tuple[int, ...],
             num_global_tokens: int,
@@ -198,6 +201,7 @@ class PyramidTransformer(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.num_global_tokens = num_global_tokens
+        self.attn_types = attn_types
         self.reductions = reductions
         self.grad_checkpointing = False
         self.feature_info = [
@@ -307,7 +311,7 @@ class PyramidTransformer(nn.Module):
         if global_pool not in known:
             raise ValueError(f'Unknown global_pool={global_pool!r}: this model has {", ".join(map(repr, known))}.')
         self.global_pool = global_pool
-        pool_type = '' if self.num_global_tokens > 0 else global_pool
+        pool_type = 'fast' + global_pool if global_pool and self.num_global_tokens == 0 else ''
         self.pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type)).train(self.training)
 
     @torch.jit.ignore
@@ -399,9 +403,9 @@ class PyramidTransformer(nn.Module):
 
     def forward_norm(self, x: torch.Tensor) -> torch.Tensor:
         """The final norm, over the channels of a map [B, C, H, W] or of tokens [B, N, C]."""
-        if x.ndim == 4:
-            return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.norm(x)
+        if self.num_global_tokens > 0:
+            return self.norm(x)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """From images [B, in_chans, H, W] to the last level after the final norm, unpooled.
@@ -425,7 +429,7 @@ class PyramidTransformer(nn.Module):
         x = self.head_drop(x)
         if pre_logits:
             return x
-        if x.ndim == 4:  # no pooling: classify every position
+        if self.num_global_tokens == 0 and self.global_pool == '':  # classify every position of the map
             return self.head(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.head(x)
 
@@ -437,7 +441,7 @@ class PyramidTransformer(nn.Module):
 def grid_size(img_size: Union[int, Tuple[int, int]], reduction: int) -> Tuple[int, int]:
     """Rows and columns of tokens that a level of stride `reduction` has for an image: every part of it is covered."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return -(-height // reduction), -(-width // reduction)
+    return ceil_div(height, reduction), ceil_div(width, reduction)
 
 
 def check_stages(num_stages: int, **per_stage: Tuple[Any, ...]) -> None:

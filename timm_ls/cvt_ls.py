@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Final, List, Optional, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
@@ -23,6 +24,8 @@ from .checkpoint import unwrap_state_dict
 from .rel_pos import resize_bias_table
 
 __all__ = ['CvtLs', 'fuse_conv_bn']
+
+torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not know
 
 
 class ConvEmbed(nn.Module):

@@ -2,10 +2,10 @@
 from typing import Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import register_notrace_function
 
 from .window import halo_width, is_tracing_shapes
 
@@ -13,7 +13,9 @@ __all__ = ['RelPosBias2d', 'expand_aliased_table', 'position_bias', 'resize_bias
 
 
 def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Resize a bias table to another number of offsets: bicubic, in float32, the zero offset staying in the middle.
+    """Resize a bias table to another number of offsets: bicubic, the zero offset staying in the middle.
+
+    Computed in float32 at least, so that half-precision tables lose nothing more than their own rounding.
 
     Args:
         table: [num_heads, rows, cols].
@@ -22,11 +24,12 @@ def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tenso
     Returns:
         [num_heads, *size], of the dtype of `table`; equal to `table` when the size does not change.
     """
-    resized = F.interpolate(table.float().unsqueeze(0), size=size, mode='bicubic', align_corners=False)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    resized = F.interpolate(wide.unsqueeze(0), size=size, mode='bicubic', align_corners=False)
     return resized.squeeze(0).to(table.dtype)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
     """Look up the bias of every query for every key, resizing the table where it has other offsets than these.
 
@@ -48,9 +51,9 @@ def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tu
     # a comparison of symbolic sizes would tie the graph to one image size; resizing to the same size is the identity
     if is_tracing_shapes() or table.shape[1] != size[0] or table.shape[2] != size[1]:
         table = resize_bias_table(table, size)
-    rows = torch.arange(qh, device=device)[:, None] - torch.arange(kh, device=device)[None, :] + kh - 1
-    cols = torch.arange(qw, device=device)[:, None] - torch.arange(kw, device=device)[None, :] + kw - 1
-    bias = table.index_select(1, rows.flatten()).index_select(2, cols.flatten())
+    row, col = torch.arange(qh * kh, device=device), torch.arange(qw * kw, device=device)
+    rows, cols = row // kh - row % kh + kh - 1, col // kw - col % kw + kw - 1
+    bias = table.index_select(1, rows).index_select(2, cols)
     return bias.reshape(table.shape[0], qh, kh, qw, kw).permute(0, 1, 3, 2, 4)
 
 

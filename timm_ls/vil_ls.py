@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Callable, Dict, Tuple, Union
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
@@ -20,6 +21,8 @@ from .checkpoint import unwrap_state_dict
 from .rel_pos import expand_aliased_table, resize_bias_table
 
 __all__ = ['VilLs']
+
+torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not know
 
 
 class PatchEmbed(nn.Module):
@@ -164,6 +167,7 @@ class VilLs(PyramidTransformer):
 
         super().__init__(
             stages,
+            attn_types=tuple(attn_types),
             dims=tuple(embed_dims),
             reductions=tuple(reductions),
             num_global_tokens=num_global_tokens[-1],

@@ -12,10 +12,10 @@ import torch
 __all__ = [
     'AxisSpan',
     'axis_spans',
-    'gather_windows',
+    'ceil_div',
     'halo_width',
     'is_tracing_shapes',
-    'merge_windows',
+    'token_index',
     'window_index',
     'window_view',
 ]
@@ -103,55 +103,55 @@ def window_view(
         0, 1, 2, 4, 5, 3)
 
 
-def window_index(size: int, window_size: int, halo: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Positions along one axis that each window covers, halo included, for a map of any (also symbolic) size.
+def ceil_div(size: int, divisor: int) -> int:
+    """How many times `divisor` fits into `size`, rounded up, in a form that symbolic sizes simplify."""
+    return (size + divisor - 1) // divisor
+
+
+def window_index(
+        batch: int,
+        height: int,
+        width: int,
+        window_size: int,
+        halo: int,
+        device: torch.device,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Where the tokens of each window, halo included, lie in a batch of maps.
+
+    All of it is arithmetic on one flat range: no dimension is a count of windows, rows or columns alone. Those may be
+    one, which a graph of dynamic size has to treat like any other number.
 
     Args:
-        size: Tokens along the axis.
-        window_size: Tokens per window, without the halo.
-        halo: Tokens added on each side.
+        batch: Maps.
+        height: Rows of a map.
+        width: Columns of a map.
+        window_size: Rows or columns of a window, without its halo.
+        halo: Rows or columns added on each side.
         device: Where to build the result.
 
     Returns:
-        Positions clamped to the axis and whether they lay inside before clamping, both
-        [ceil(size / window_size), window_size + 2 * halo]. Clamping means that what is gathered for a position
-        outside the map is a copy of a token inside it: always finite, and masked by the caller.
+        Positions in the flattened batch of maps, [windows * (window_size + 2 * halo) ** 2], windows in the order of
+        (image, row, column), and whether they lie inside the map. Those that do not are the nearest ones that do, so
+        that what is gathered there is always finite, and are for the caller to mask.
     """
-    count = (size + window_size - 1) // window_size
-    starts = torch.arange(count, device=device) * window_size
-    index = starts[:, None] + torch.arange(-halo, window_size + halo, device=device)[None, :]
-    return index.clamp(min=0, max=size - 1), (index >= 0) & (index < size)
+    rows, cols, side = ceil_div(height, window_size), ceil_div(width, window_size), window_size + 2 * halo
+    position = torch.arange(batch * rows * cols * side * side, device=device)
+    window = position // (side * side)
+    y = window // cols % rows * window_size + position // side % side - halo
+    x = window % cols * window_size + position % side - halo
+    valid = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    return (window // (rows * cols) * height + y) * width + x, valid
 
 
-def gather_windows(x: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
-    """Gather windows of a map by their row and column positions.
-
-    Args:
-        x: Map, [B, H, W, C].
-        rows: Row positions, [window rows, rows per window].
-        cols: Column positions, [window columns, columns per window].
+def token_index(batch: int, height: int, width: int, window_size: int, device: torch.device) -> torch.Tensor:
+    """Where each token of a batch of maps lies in its windows without halo, the inverse of `window_index`.
 
     Returns:
-        Windows as token sequences, [B, window rows, window columns, rows * columns per window, C].
+        Positions in the flattened windows, [batch * height * width].
     """
-    B, C = x.shape[0], x.shape[-1]
-    x = x.index_select(1, rows.flatten()).index_select(2, cols.flatten())
-    x = x.reshape(B, rows.shape[0], rows.shape[1], cols.shape[0], cols.shape[1], C)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(B, rows.shape[0], cols.shape[0], rows.shape[1] * cols.shape[1], C)
-
-
-def merge_windows(x: torch.Tensor, window_size: int, height: int, width: int) -> torch.Tensor:
-    """Put windows without halo back together and crop to the map.
-
-    Args:
-        x: Windows, [B, window rows, window columns, window_size ** 2, C].
-        window_size: Tokens per window side.
-        height: Rows of the map.
-        width: Columns of the map.
-
-    Returns:
-        Map, [B, height, width, C].
-    """
-    B, rows, cols, _, C = x.shape
-    x = x.reshape(B, rows, cols, window_size, window_size, C).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, rows * window_size, cols * window_size, C)[:, :height, :width]
+    rows, cols = ceil_div(height, window_size), ceil_div(width, window_size)
+    position = torch.arange(batch * height * width, device=device)
+    y, x = position // width % height, position % width
+    window = (position // (height * width) * rows + y // window_size) * cols + x // window_size
+    return (window * window_size + y % window_size) * window_size + x % window_size

@@ -13,21 +13,19 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_notrace_function
 from torch.autograd.function import once_differentiable
 
 from .window import (
     AxisSpan,
     axis_spans,
-    gather_windows,
     halo_width,
     is_tracing_shapes,
-    merge_windows,
+    token_index,
     window_index,
     window_view,
 )
 
-__all__ = ['attend', 'attention_implementation', 'window_attention']
+__all__ = ['attend', 'attention_implementation', 'softmax', 'window_attention']
 
 IMPLEMENTATIONS = ('auto', 'tiled', 'masked')
 _implementation: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
@@ -59,6 +57,11 @@ def attention_implementation(name: str) -> Iterator[None]:
         _implementation.reset(token)
 
 
+def softmax(logits: torch.Tensor, dim: int) -> torch.Tensor:
+    """Softmax in float32 or better."""
+    return logits.softmax(dim=dim, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def attend(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -67,7 +70,7 @@ def attend(
         dropout_p: float,
         fused: bool,
 ) -> torch.Tensor:
-    """Scaled dot-product attention with an additive bias, fused or plain (softmax in float32).
+    """Scaled dot-product attention with an additive bias, fused or plain (softmax in float32 at least).
 
     Args:
         q: Queries, [..., heads, L, d].
@@ -85,11 +88,9 @@ def attend(
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if bias is not None:
         logits = logits + bias
-    weights = logits.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout_p) @ v
+    return F.dropout(softmax(logits, dim=-1).to(q.dtype), dropout_p) @ v
 
 
-@register_notrace_function
 def window_attention(
         q: torch.Tensor,
         kv: torch.Tensor,
@@ -139,32 +140,30 @@ def _masked(
     """`window_attention` over all windows at once, positions outside the map masked."""
     B, H, W, C = q.shape
     E = extra_kv.shape[1]
+    L, halo = window_size * window_size, window_size + 2 * halo_width(window_size)
+    K = halo * halo
     d = C // num_heads
-    device = q.device
-    q_rows, _ = window_index(H, window_size, 0, device)
-    q_cols, _ = window_index(W, window_size, 0, device)
-    k_rows, rows_valid = window_index(H, window_size, halo_width(window_size), device)
-    k_cols, cols_valid = window_index(W, window_size, halo_width(window_size), device)
-    rows, cols = q_rows.shape[0], q_cols.shape[0]
-    L, K = window_size * window_size, k_rows.shape[1] * k_cols.shape[1]
+    # zeros, so that nothing gathered for a position outside the map reaches a value or a gradient, not even as 0 * inf
+    index, valid = window_index(B, H, W, window_size, 0, q.device)
+    q_win = q.reshape(-1, C).index_select(0, index).masked_fill(~valid[:, None], 0.)
+    q_win = q_win.reshape(-1, L, num_heads, d).transpose(1, 2)
 
-    valid = (rows_valid[:, None, :, None] & cols_valid[None, :, None, :]).reshape(rows, cols, K, 1)
-    q_win = gather_windows(q, q_rows, q_cols).reshape(B * rows * cols, L, num_heads, d).transpose(1, 2)
-    # zeros, so that nothing gathered for a masked position reaches a value or a gradient, not even as 0 * inf
-    kv_win = gather_windows(kv.flatten(3), k_rows, k_cols).masked_fill(~valid, 0.)
-    extra = extra_kv.flatten(2)[:, None, None].expand(B, rows, cols, E, 2 * C)
-    kv_win = torch.cat([extra, kv_win], dim=3).reshape(B * rows * cols, E + K, 2, num_heads, d).permute(2, 0, 3, 1, 4)
+    index, valid = window_index(B, H, W, window_size, halo_width(window_size), q.device)
+    kv_win = kv.reshape(-1, 2 * C).index_select(0, index).masked_fill(~valid[:, None], 0.).reshape(-1, K, 2 * C)
+    N = kv_win.shape[0]
+    extra = extra_kv.flatten(2).index_select(0, torch.arange(N, device=q.device) * B // N)  # each image's, to its windows
+    kv_win = torch.cat([extra, kv_win], dim=1).reshape(N, E + K, 2, num_heads, d).permute(2, 0, 3, 1, 4)
 
-    mask = torch.zeros(rows * cols, 1, 1, K, device=device, dtype=q.dtype)
-    mask = mask.masked_fill(~valid.reshape(rows * cols, 1, 1, K), torch.finfo(q.dtype).min)  # finite: 0 weight, no NaN
+    mask = torch.zeros(N, 1, 1, K, device=q.device, dtype=q.dtype)
+    lowest = -6e4 if q.dtype == torch.float16 else -3e38  # finite: no weight, no NaN
+    mask = mask.masked_fill(~valid.reshape(N, 1, 1, K), lowest)
     if bias is not None:
         mask = mask + bias.to(q.dtype).reshape(1, num_heads, L, K)
     mask = F.pad(mask, (E, 0))
-    mask = mask[None].expand(B, -1, -1, -1, -1).reshape(B * rows * cols, mask.shape[1], mask.shape[2], E + K)
 
     out = attend(q_win, kv_win[0], kv_win[1], mask, dropout_p, fused)
-    out = out.transpose(1, 2).reshape(B, rows, cols, L, C)
-    return merge_windows(out, window_size, H, W)
+    index = token_index(B, H, W, window_size, q.device)
+    return out.transpose(1, 2).reshape(-1, C).index_select(0, index).reshape(B, H, W, C)
 
 
 class _Tile(NamedTuple):
@@ -205,7 +204,7 @@ def _tiles(batch: int, height: int, width: int, window_size: int, key_bytes: int
     for row in axis_spans(height, window_size):
         for col in axis_spans(width, window_size):
             row_bytes = col.count * row.key_size * col.key_size * key_bytes  # one row of windows, one image
-            images = min(batch, max(1, TILE_BYTES // (row_bytes * row.count)))
+            images = max(1, min(batch, TILE_BYTES // (row_bytes * row.count)))
             rows = row.count if images > 1 else min(row.count, max(1, TILE_BYTES // row_bytes))
             for first in range(0, row.count, rows):
                 part = row._replace(

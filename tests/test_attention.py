@@ -1,0 +1,343 @@
+"""The attention layers against the oracle, the released vectors, and what may never change a result."""
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from golden_fill import fill
+
+import timm_ls.window_attention
+from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
+from timm_ls.rel_pos import expand_aliased_table, resize_bias_table
+from timm_ls.vil_ls import RELEASED_ATTENTION_NAMES
+
+GOLDEN = Path(__file__).parent / 'golden'
+IMPLEMENTATIONS = ('tiled', 'masked')
+NUM_CASES = 220
+
+
+def random_case(seed):
+    """Settings of one attention layer and its input, over everything that has an effect."""
+    rng = random.Random(seed)
+    num_heads = rng.choice([1, 2, 3])
+    return dict(
+        num_heads=num_heads,
+        dim=num_heads * rng.choice([8, 10] if num_heads == 1 else [4, 5, 8]),
+        window_size=1 + seed % 9,
+        rank=rng.choice([0, 1, 4, 8]),
+        num_global_tokens=rng.choice([0, 1, 3]),
+        rel_pos_bias=rng.random() < .6,
+        global_update=rng.choice(['outputs', 'keys']),
+        qkv_bias=rng.random() < .8,
+        size=(rng.choice([1, 2, 3, 5, 7, 8, 11, 12]), rng.choice([1, 2, 4, 6, 7, 9, 13])),
+    )
+
+
+def randomise(module, seed):
+    """Give every parameter values that matter: scales near 1, everything else of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.ndim >= 2 and 'rel_pos' not in name:
+            noise = 1.5 * noise / parameter.shape[-1] ** .5
+        elif 'norm' in name and name.endswith('weight'):
+            noise = 1 + .2 * noise
+        parameter.data.copy_(noise)
+    return generator
+
+
+def build(seed, size, **settings):
+    layer = LongShortAttention2d(dtype=torch.float64, **settings)
+    generator = randomise(layer, seed)
+    B = 1 + seed % 2
+    x = torch.randn(B, *size, layer.dim, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(B, layer.num_global_tokens, layer.dim, generator=generator, dtype=torch.float64)
+    return layer, x, tokens
+
+
+def run(layer, x, tokens, implementation):
+    """Output and gradients of a layer, all in one list: of the map, the tokens, the inputs, the parameters."""
+    x, tokens = x.detach().clone().requires_grad_(), tokens.detach().clone().requires_grad_()
+    layer.zero_grad()
+    with attention_implementation(implementation):
+        y, t = layer(x, tokens if tokens.shape[1] > 0 else None)
+    loss = y.square().sum() + y.sum()
+    if t is not None:
+        loss = loss + (t.square() * 2).sum()
+    loss.backward()
+    outputs = [y.detach()] + ([t.detach()] if t is not None else [])
+    return outputs, [x.grad] + ([tokens.grad] if t is not None else []) + [p.grad for p in layer.parameters()]
+
+
+def expect(layer, x, tokens, oracle):
+    """The same by the oracle, image by image, gradients by autograd."""
+    params = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    x, tokens = x.detach().clone().requires_grad_(), tokens.detach().clone().requires_grad_()
+    pairs = [oracle(params, x[b], tokens[b]) for b in range(x.shape[0])]
+    y = torch.stack([pair[0] for pair in pairs])
+    t = torch.stack([pair[1] for pair in pairs])
+    has_tokens = tokens.shape[1] > 0
+    loss = y.square().sum() + y.sum() + ((t.square() * 2).sum() if has_tokens else 0)
+    loss.backward()
+    outputs = [y.detach()] + ([t.detach()] if has_tokens else [])
+    grads = [x.grad] + ([tokens.grad] if has_tokens else []) + [p.grad for p in params.values()]
+    return outputs, grads
+
+
+def worst(actual, expected):
+    """Largest difference over all tensors, against the largest value among them."""
+    scale = max(e.abs().max().item() for e in expected if e.numel())
+    return max((a.double() - e.double()).abs().max().item() for a, e in zip(actual, expected) if e.numel()) / scale
+
+
+def test_oracle_sweep():
+    """Values and gradients of both implementations over random settings, in float64 and float32."""
+    errors = {}
+    for seed in range(NUM_CASES):
+        case = random_case(seed)
+        layer, x, tokens = build(seed, **case)
+        expected, expected_grads = expect(layer, x, tokens, lambda p, a, t, case=case: reference.long_short_attention(
+            p, a, t, case['num_heads'], case['window_size'], case['rank'], case['global_update']))
+        for implementation in IMPLEMENTATIONS:
+            outputs, grads = run(layer, x, tokens, implementation)
+            errors[seed, implementation, 'float64'] = worst(outputs, expected), worst(grads, expected_grads)
+        single = LongShortAttention2d(**{k: v for k, v in case.items() if k != 'size'})
+        single.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
+        for implementation in IMPLEMENTATIONS:
+            outputs, grads = run(single, x.float(), tokens.float(), implementation)
+            errors[seed, implementation, 'float32'] = worst(outputs, expected), worst(grads, expected_grads)
+    for dtype, bound, grad_bound in (('float64', 1e-10, 1e-10), ('float32', 1e-5, 1e-5)):
+        values = {key: error for key, error in errors.items() if key[2] == dtype}
+        key, grad_key = max(values, key=lambda k: values[k][0]), max(values, key=lambda k: values[k][1])
+        print(f'{dtype}: {len(values)} runs, worst value {values[key][0]:.1e}, gradient {values[grad_key][1]:.1e}')
+        assert values[key][0] <= bound, (key, random_case(key[0]), values[key])
+        assert values[grad_key][1] <= grad_bound, (grad_key, random_case(grad_key[0]), values[grad_key])
+
+
+@pytest.mark.parametrize('seed', range(24))
+def test_full_attention_matches_oracle(seed):
+    """Full attention, on its own grid and on others, whose bias table is then resized."""
+    rng = random.Random(seed)
+    num_heads, g = rng.choice([1, 2, 3]), rng.choice([0, 1, 3])
+    size = rng.choice([1, 2, 4, 5]), rng.choice([1, 3, 4, 6])
+    grid = size if seed % 3 == 0 else (rng.choice([1, 2, 3, 5]), rng.choice([2, 3, 4, 6]))
+    layer = GlobalAttention2d(num_heads * 4, num_heads, grid, g, rel_pos_bias=seed % 4 != 1, dtype=torch.float64)
+    generator = randomise(layer, seed)
+    x = torch.randn(2, *size, layer.qkv.in_features, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(2, g, layer.qkv.in_features, generator=generator, dtype=torch.float64)
+    expected, expected_grads = expect(
+        layer, x, tokens, lambda p, a, t: reference.full_attention(p, a, t, num_heads))
+    outputs, grads = run(layer, x, tokens, 'auto')
+    assert worst(outputs, expected) < 1e-10
+    assert worst(grads, expected_grads) < 1e-10
+    layer.fused_attn = False
+    assert worst(run(layer, x, tokens, 'auto')[0], expected) < 1e-10
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('settings', [
+    dict(dim=4, num_heads=2, window_size=2, rank=2, num_global_tokens=1),
+    dict(dim=3, num_heads=1, window_size=3, rank=0, num_global_tokens=0, rel_pos_bias=False),
+    dict(dim=4, num_heads=1, window_size=3, rank=1, num_global_tokens=2, global_update='keys'),
+])
+def test_gradcheck(implementation, settings):
+    """Analytic gradients equal numeric ones, for inputs and parameters."""
+    layer, x, tokens = build(1, size=(4, 5), **settings)
+    x, tokens = x[:1].requires_grad_(), tokens[:1].requires_grad_()
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x, tokens, *params):
+        with attention_implementation(implementation):
+            y, t = torch.func.functional_call(layer, dict(zip(names, params)), (x, tokens if len(tokens[0]) else None))
+        return y if t is None else (y, t)
+
+    params = [p.detach().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(function, (x, tokens, *params), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize('case', ['attn_d48_h1_w8_r4_s24', 'attn_d64_h2_w2_r2_s6', 'attn_d96_h3_w7_r8_s28'])
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_released_vectors(case, implementation):
+    """Output and every gradient of the released layer, its aliased bias table included."""
+    meta = json.loads((GOLDEN / f'{case}.json').read_text())
+    golden = np.load(GOLDEN / f'{case}.npz')
+    layer = LongShortAttention2d(meta['dim'], meta['num_heads'], meta['window'], meta['rank'], num_global_tokens=1)
+    ours = {}
+    for name in meta['params']:
+        middle, _, leaf = name.rpartition('.')
+        ours[name] = f"{RELEASED_ATTENTION_NAMES[f'attn.{middle}' if middle else f'attn.{name}']}"
+        ours[name] = ours[name].removeprefix('attn.') + (f'.{leaf}' if middle else '')
+    weights = {ours[name]: torch.from_numpy(fill(name, tuple(shape))) for name, shape in meta['params'].items()}
+    weights['rel_pos.table'] = expand_aliased_table(weights['rel_pos.table'])
+    layer.load_state_dict(weights)
+
+    side = meta['tokens_per_side']
+    x = np.random.RandomState(7).standard_normal((2, side * side + 1, meta['dim']))
+    x = torch.from_numpy(x.astype(np.float32)).requires_grad_()
+    with attention_implementation(implementation):
+        y, tokens = layer(x[:, 1:].unflatten(1, (side, side)), x[:, :1])
+    output = torch.cat([tokens, y.flatten(1, 2)], dim=1)
+    output.square().mean().backward()
+    np.testing.assert_allclose(output.detach().numpy(), golden['output'], rtol=0, atol=5e-6 * abs(golden['output']).max())
+
+    compared = 0
+    for key in golden.files:
+        if not key.startswith('grad_'):
+            continue
+        name = key.removeprefix('grad_')
+        if name == 'input':
+            grad = x.grad
+        else:
+            grad = layer.get_parameter(ours[name]).grad
+        if ours.get(name) == 'rel_pos.table':
+            w, halo = meta['window'], meta['window'] // 2
+            offsets = torch.arange(2 * (w + halo) - 1)
+            rows = (offsets[:, None] * (w + 2 * halo) + offsets).flatten()
+            grad = torch.zeros(golden[key].shape).index_add_(0, rows, grad.flatten(1).T)
+        # the dynamic projection's bias has no gradient: a softmax does not see a shift
+        scale = max(abs(golden[key]).max(), 1e-3)
+        np.testing.assert_allclose(grad.numpy(), golden[key], rtol=0, atol=2e-5 * scale, err_msg=key)
+        compared += 1
+    assert compared == 5
+
+
+def test_aliased_table_expansion():
+    """Every offset keeps the value that the released index reads for it."""
+    for w in range(1, 12):
+        p = w // 2
+        table = torch.randn(2 * (w + p - 1) * (w + 2 * p + 1) + 1, 3)
+        dense = expand_aliased_table(table)
+        assert dense.shape == (3, 2 * (w + p) - 1, 2 * (w + p) - 1)
+        for dy in range(dense.shape[1]):
+            for dx in range(dense.shape[2]):
+                assert torch.equal(dense[:, dy, dx], table[dy * (w + 2 * p) + dx])
+    with pytest.raises(ValueError, match=r'shape \(254, 3\) fits no window size'):
+        expand_aliased_table(torch.zeros(254, 3))
+
+
+@pytest.mark.parametrize('old, new', [((27, 27), (27, 27)), ((13, 9), (27, 5)), ((27, 27), (1, 3)), ((1, 1), (5, 5))])
+def test_resized_table(old, new):
+    """Bicubic by the oracle's weights; the identity at the same size."""
+    table = torch.randn(2, *old, dtype=torch.float64)
+    expected = torch.stack([reference.resize_matrix(old[0], new[0]) @ head @ reference.resize_matrix(old[1], new[1]).T
+                            for head in table])
+    torch.testing.assert_close(resize_bias_table(table, new), expected, rtol=0, atol=1e-12)
+    if old == new:
+        assert torch.equal(resize_bias_table(table, new), table)
+
+
+@pytest.mark.parametrize('poison', [float('nan'), 1e4])
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('size, window', [((5, 9), 7), ((8, 3), 4), ((7, 7), 7), ((1, 11), 3)])
+def test_nothing_outside_the_map_matters(monkeypatch, implementation, poison, size, window):
+    """Poison in memory around the map, in whatever is gathered for positions outside it, and in fresh buffers."""
+    layer, x, tokens = build(0, size=size, dim=8, num_heads=2, window_size=window, rank=4, num_global_tokens=1)
+    expected, expected_grads = run(layer, x, tokens, implementation)
+
+    around = torch.full((x.shape[0], size[0] + 9, size[1] + 9, layer.dim), poison, dtype=x.dtype)
+    around[:, 4:4 + size[0], 4:4 + size[1]] = x
+    view = around[:, 4:4 + size[0], 4:4 + size[1]]
+
+    window_index, index_select = timm_ls.window_attention.window_index, torch.Tensor.index_select
+    outside, planted = {}, []
+
+    def remember_outside(*args):
+        index, valid = window_index(*args)
+        outside[id(index)] = index, ~valid
+        return index, valid
+
+    def poisoned_select(self, dim, index):
+        values = index_select(self, dim, index)
+        if id(index) not in outside:
+            return values
+        planted.append(outside[id(index)][1].sum().item())
+        return torch.where(outside[id(index)][1][:, None], torch.full_like(values, poison), values)
+
+    monkeypatch.setattr(timm_ls.window_attention, 'window_index', remember_outside)
+    monkeypatch.setattr(torch.Tensor, 'index_select', poisoned_select)
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, 'new_empty', lambda self, *a, **k: empty(self, *a, **k).fill_(poison))
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: empty_like(*a, **k).fill_(poison))
+
+    x = view.detach().requires_grad_()
+    t = tokens.detach().clone().requires_grad_()
+    layer.zero_grad()
+    with attention_implementation(implementation):
+        y, token_out = layer(x, t)
+    (y.square().sum() + y.sum() + (token_out.square() * 2).sum()).backward()
+    grads = [x.grad, t.grad] + [p.grad for p in layer.parameters()]
+    assert worst([y, token_out], expected) <= 1e-12
+    assert worst(grads, expected_grads) <= 1e-12
+    if implementation == 'masked':
+        assert len(planted) == 2 and (sum(planted) > 0)
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_images_do_not_mix(implementation):
+    """A batch gives what its images give alone, in tiles of many images and of part of one."""
+    layer, x, tokens = build(3, size=(9, 16), dim=12, num_heads=3, window_size=4, rank=4, num_global_tokens=3)
+    x, tokens = torch.randn(5, 9, 16, 12, dtype=torch.float64), torch.randn(5, 3, 12, dtype=torch.float64)
+    with attention_implementation(implementation), torch.no_grad():
+        together = layer(x, tokens)
+        alone = [layer(x[b:b + 1], tokens[b:b + 1]) for b in range(5)]
+    for part in range(2):
+        torch.testing.assert_close(together[part], torch.cat([pair[part] for pair in alone]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('tile_bytes', [1, 2000, 10 ** 9])
+def test_tile_size_changes_nothing(monkeypatch, tile_bytes):
+    """Cutting the work differently gives the same values and gradients."""
+    layer, x, tokens = build(3, size=(13, 22), dim=12, num_heads=3, window_size=3, rank=4, num_global_tokens=1)
+    expected, expected_grads = run(layer, x, tokens, 'tiled')
+    monkeypatch.setattr(timm_ls.window_attention, 'TILE_BYTES', tile_bytes)
+    outputs, grads = run(layer, x, tokens, 'tiled')
+    assert worst(outputs, expected) <= 1e-12
+    assert worst(grads, expected_grads) <= 1e-12
+
+
+def test_forcing_an_implementation():
+    """The choice is scoped, and a name that does not exist is refused."""
+    chosen = []
+    original = timm_ls.window_attention._masked
+    layer, x, _ = build(0, size=(5, 5), dim=8, num_heads=2, window_size=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm_ls.window_attention, '_masked', lambda *a: chosen.append(1) or original(*a))
+        layer(x)
+        assert not chosen
+        with attention_implementation('masked'):
+            layer(x)
+        assert len(chosen) == 1
+        layer(x)
+        assert len(chosen) == 1
+    with pytest.raises(ValueError, match="'flash': expected one of auto, tiled, masked"):
+        with attention_implementation('flash'):
+            pass
+
+
+def test_attention_dropout_acts_in_training_only():
+    """Dropout of attention weights changes a training pass, at random, and leaves evaluation alone."""
+    layer, x, _ = build(0, size=(6, 6), dim=8, num_heads=2, window_size=3, attn_drop=.5)
+    layer.eval()
+    assert torch.equal(layer(x)[0], layer(x)[0])
+    expected = layer(x)[0]
+    layer.train()
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+    mean = torch.stack([layer(x)[0] for _ in range(400)]).mean(0)
+    assert (mean - expected).abs().mean() < .25 * expected.abs().mean()
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: LongShortAttention2d(10, 3), 'dim=10 is not divisible by num_heads=3'),
+    (lambda: GlobalAttention2d(10, 3), 'dim=10 is not divisible by num_heads=3'),
+    (lambda: LongShortAttention2d(8, 2, window_size=0), 'window_size=0.*expected window_size >= 1'),
+    (lambda: LongShortAttention2d(8, 2, rank=-1), 'rank=-1'),
+    (lambda: LongShortAttention2d(8, 2, global_update='values'), "global_update='values': expected 'outputs' or 'keys'"),
+])
+def test_bad_settings(make, message):
+    """What was given and what is expected, in one ValueError."""
+    with pytest.raises(ValueError, match=message):
+        make()

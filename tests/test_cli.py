@@ -1,0 +1,132 @@
+"""The command line, as a person uses it."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_ls.__main__ import main, principal_colours, timm_ls_models
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_sample_photo(tmp_path, monkeypatch, capsys):
+    """No argument but a small model: every level with its shape, that there are no weights, and a picture."""
+    monkeypatch.chdir(tmp_path)
+    main(['--model', 'vil_ls_tiny', '--img-size', '96', '160'])
+    printed = capsys.readouterr().out
+    assert 'grace_hopper.jpg: 512 x 600 pixels, seen by vil_ls_tiny at 160 x 96' in printed
+    assert re.search(r'\d+ ms on cpu', printed)
+    assert 'No weights loaded' in printed
+    for line in ('stages.0: stride  4, [1, 48, 24, 40]', 'stages.1: stride  8, [1, 96, 12, 20]',
+                 'stages.2: stride 16, [1, 192, 6, 10]', 'stages.3: stride 32, [1, 384, 3, 5]'):
+        assert line in printed
+    picture = np.asarray(Image.open(tmp_path / 'pyramid.png').convert('RGB')).astype(float)
+    assert picture.shape[1] > 3 * picture.shape[0]
+    fifths = np.array_split(picture[picture.shape[0] // 2:], 5, axis=1)  # the photo and four levels
+    assert all(part.std() > 20 for part in fifths)
+
+
+def test_two_photos_with_a_checkpoint(tmp_path, capsys):
+    """Classes come from the weights given: here, of a head that knows only one."""
+    model = timm.create_model('vil_ls_tiny')
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data[24] = 20.
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    for name, colour in (('red.png', (200, 30, 30)), ('blue.png', (30, 30, 200))):
+        Image.new('RGB', (90, 70), colour).save(tmp_path / name)
+    main([str(tmp_path / 'red.png'), str(tmp_path / 'blue.png'), '--model', 'vil_ls_tiny', '--img-size', '64',
+          '--checkpoint', str(tmp_path / 'weights.pth'), '--out', str(tmp_path / 'two.png')])
+    printed = capsys.readouterr().out
+    assert printed.count('100.0%  great grey owl') == 2
+    assert 'No weights loaded' not in printed
+    assert printed.count('90 x 70 pixels') == 2
+    one_row, two_rows = Image.open(tmp_path / 'two.png').size
+    assert two_rows > .3 * one_row
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['nothing.jpg'], 'Could not read nothing.jpg as an image'),
+    (['--checkpoint', 'nothing.pth', '--model', 'vil_ls_tiny'], 'No checkpoint file at nothing.pth'),
+    (['--device', 'nonsense'], "Device 'nonsense' is not available here"),
+    (['--model', 'vil_ls_tiny', '--img-size', '16'], 'at least 32 x 32 pixels, got 16 x 16'),
+    (['run'], 'Usage: python -m timm_ls run SCRIPT.py'),
+    (['run', 'nothing.py'], 'got nothing.py'),
+])
+def test_errors_are_one_line(arguments, message):
+    """A person who mistypes reads what was wrong, not a traceback."""
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--model', 'vil_ls_huge'], "unknown model 'vil_ls_huge'; ours: .*vil_ls_medium"),
+    (['--img-size', '1', '2', '3'], 'got 3 numbers'),
+])
+def test_usage_errors(arguments, message, capsys):
+    """Wrong arguments: usage and the reason."""
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_run_a_script(tmp_path):
+    """`run` starts a script with our models registered, its own arguments, and its folder to import from."""
+    (tmp_path / 'neighbour.py').write_text('VALUE = 41\n')
+    (tmp_path / 'script.py').write_text(
+        'import sys, timm, neighbour\n'
+        'assert __name__ == "__main__"\n'
+        'print(timm.is_model("vil_ls_tiny"), sys.argv[1:], neighbour.VALUE)\n')
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_ls', 'run', str(tmp_path / 'script.py'), '--model', 'x'],
+        capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == "True ['--model', 'x'] 41\n", result.stderr
+
+
+def test_principal_colours():
+    """Colours separate what differs most, cope with maps of one token, and stay in range."""
+    level = torch.zeros(5, 4, 6)
+    level[2, :, 3:] = 1.
+    colours = principal_colours(level)
+    assert colours.shape == (4, 6, 3)
+    assert (colours[:, :3, 0] - colours[:, 3:, 0]).abs().min() > .999
+    assert principal_colours(torch.randn(5, 1, 1)).isfinite().all()
+
+
+def test_readme_table_is_what_the_command_prints(capsys):
+    """The model table in the README, row by row."""
+    main(['models'])
+    readme = (ROOT / 'README.md').read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| `')]
+    assert len(rows) == len(timm_ls_models())
+    for row in rows:
+        assert row in readme, row
+
+
+def test_ci_runs_the_command_of_the_readme():
+    """The README's second command is what CI executes."""
+    command = 'pip install -e ".[test]" && python -m pytest'
+    assert command in (ROOT / 'README.md').read_text().splitlines()
+    assert command in (ROOT / '.ci' / 'run').read_text().splitlines()
+
+
+def test_import_does_nothing_else():
+    """Importing opens no connection, touches no device, reads no weights, and is quick beyond timm's own import."""
+    code = (
+        'import socket, time, timm\n'
+        'def refuse(*a, **k): raise AssertionError("network")\n'
+        'socket.socket.connect = refuse\n'
+        'import torch\n'
+        'torch.load = refuse\n'
+        'start = time.process_time(); import timm_ls; seconds = time.process_time() - start\n'
+        'assert not torch.cuda.is_initialized()\n'
+        'import sys; assert not {"matplotlib", "onnx", "transformers"} & set(sys.modules)\n'
+        'print(seconds)\n')
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1.

@@ -1,0 +1,35 @@
+"""What a model costs: parameters, and multiply-adds counted operator by operator."""
+import copy
+from typing import Tuple, Union
+
+import torch
+import torch.nn as nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .window_attention import attention_implementation
+
+__all__ = ['count_macs', 'count_parameters']
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of learned values."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, img_size: Union[int, Tuple[int, int]] = 224) -> int:
+    """Multiply-adds of one image's forward pass, in matrix products and convolutions, as they are executed.
+
+    Counted by torch's `FlopCounterMode` on a copy on the meta device: nothing is computed. Windows that reach beyond
+    the image count in full.
+
+    Args:
+        model: A model with `in_chans` that takes images [B, in_chans, H, W].
+        img_size: Side, or height and width, in pixels.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    model = copy.deepcopy(model).to('meta').eval()
+    image = torch.zeros(1, model.in_chans, height, width, device='meta', dtype=next(model.parameters()).dtype)
+    counter = FlopCounterMode(display=False)
+    with attention_implementation('masked'), counter:
+        model(image)
+    return counter.get_total_flops() // 2
