@@ -429,6 +429,7 @@ class CvtLs(PyramidTransformer):
 
         super().__init__(
             stages,
+            attn_types=tuple(attn_types),
             dims=tuple(embed_dims),
             reductions=tuple(reductions),
             num_global_tokens=num_global_tokens[-1],
