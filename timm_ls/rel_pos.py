@@ -130,10 +130,10 @@ class RelPosBias2d(nn.Module):
         return position_bias(self.table, query_size, key_size)
 
     def forward_global(self, bias: torch.Tensor) -> torch.Tensor:
-        """Extend a patch-to-patch bias [num_heads, N, N] by the global tokens in front, [num_heads, g + N, g + N]."""
+        """Extend a patch-to-patch bias [num_heads, M, N] by the global tokens in front, [num_heads, g + M, g + N]."""
         global_patch, global_global = self.global_patch, self.global_global
         assert global_patch is not None and global_global is not None
-        N, g = bias.shape[-1], global_patch.shape[-1]
+        M, N, g = bias.shape[-2], bias.shape[-1], global_patch.shape[-1]
         from_global = torch.cat([global_global, global_patch[0].unsqueeze(-1).expand(-1, g, N)], dim=-1)
-        from_patch = torch.cat([global_patch[1].unsqueeze(1).expand(-1, N, g), bias], dim=-1)
+        from_patch = torch.cat([global_patch[1].unsqueeze(1).expand(-1, M, g), bias], dim=-1)
         return torch.cat([from_global, from_patch], dim=1)
