@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from golden_fill import fill, image
 from timm.models import reparameterize_model
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ls import attention_implementation, fuse_conv_bn
+from timm_ls.complexity import count_macs, count_parameters
 from timm_ls.cvt_ls import PLAIN_CVT, ConvEmbed, ConvGlobalAttention2d, ConvLongShortAttention2d, CvtLs
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -267,13 +267,10 @@ def test_size_and_cost_of_the_paper(name):
     """Parameters, and multiply-adds within 5%: in eager mode, where keys outside the image are never computed."""
     millions, bound, gmacs = PAPER[name]
     model = timm.create_model(name, device='meta').eval()
-    count = sum(p.numel() for p in model.parameters())
+    count = count_parameters(model)
     assert abs(count / 1e6 / millions - 1) <= bound, count
     for size, expected in gmacs.items():
-        counter = FlopCounterMode(display=False)
-        with attention_implementation('tiled'), counter, torch.no_grad():
-            model(torch.empty(1, 3, size, size, device='meta'))
-        found = counter.get_total_flops() / 2e9
+        found = count_macs(model, size) / 1e9
         print(f'{name} at {size}: {count / 1e6:.2f}M parameters, {found:.2f} GMACs, {found / expected - 1:+.1%}')
         assert abs(found / expected - 1) <= .05, (size, found)
 
