@@ -103,7 +103,7 @@ def test_macs(name, size, gmacs):
 def test_hires_macs_are_linear():
     """Four times the pixels cost four times as much, and more with full attention."""
     hires, full = (timm.create_model(name, device='meta') for name in ('vil_ls_tiny_hires', 'vil_ls_tiny'))
-    assert count_macs(hires, 896) / count_macs(hires, 448) == pytest.approx(4, rel=.001)
+    assert 4 < count_macs(hires, 896) / count_macs(hires, 448) < 4.06  # above 4: fewer windows lie at the border
     assert count_macs(full, 896) / count_macs(full, 448) > 4.5
 
 

@@ -59,7 +59,7 @@ def list_models() -> None:
 
 def timm_ls_models() -> List[str]:
     """Names of the models that this package registers."""
-    return timm.list_models('*', module='vil_ls')
+    return timm.list_models('*', module='vil_ls') + timm.list_models('*', module='cvt_ls')
 
 
 def show_pyramid(argv: Sequence[str]) -> None:

@@ -313,20 +313,48 @@ class GlobalAttention2d(nn.Module):
         if g > 0:
             assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
             tokens = torch.cat([global_tokens, tokens], dim=1)
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-
-        bias: Optional[torch.Tensor] = None
-        if self.rel_pos is not None:
-            bias = self.rel_pos((H, W), (H, W)).flatten(3).flatten(1, 2)
-            if g > 0:
-                bias = self.rel_pos.forward_global(bias)
-            bias = bias.to(qkv.dtype)
-        dropout_p = self.attn_drop.p if self.training else 0.
-        out = attend(qkv[0], qkv[1], qkv[2], bias, dropout_p, self.fused_attn)
-
-        out = self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        qkv = self.qkv(tokens).chunk(3, dim=-1)
+        out = self.proj_drop(self.proj(self.attend(qkv[0], qkv[1], qkv[2], H, W)))
         x = out[:, g:].unflatten(1, (H, W))
         return x, out[:, :g] if g > 0 else None
+
+    def attend(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            height: int,
+            width: int,
+            kv_stride: int = 1,
+    ) -> torch.Tensor:
+        """Everything between the projections.
+
+        Args:
+            q: Queries, [B, g + height * width, C], global tokens first.
+            k: Keys of the global tokens and of every `kv_stride`-th row and column, the first included, [B, g + N, C].
+            v: Values of the same tokens, [B, g + N, C].
+            height: Rows of the map.
+            width: Columns of the map.
+            kv_stride: Rows and columns from one key to the next.
+
+        Returns:
+            [B, g + height * width, C].
+        """
+        h, d = self.num_heads, self.head_dim
+        q = q.unflatten(-1, (h, d)).transpose(1, 2)
+        k = k.unflatten(-1, (h, d)).transpose(1, 2)
+        v = v.unflatten(-1, (h, d)).transpose(1, 2)
+        bias: Optional[torch.Tensor] = None
+        if self.rel_pos is not None:
+            bias = self.rel_pos((height, width), (height, width))
+            if kv_stride > 1:
+                bias = bias[..., ::kv_stride, ::kv_stride]
+            bias = bias.flatten(3).flatten(1, 2)
+            if self.num_global_tokens > 0:
+                bias = self.rel_pos.forward_global(bias)
+            bias = bias.to(q.dtype)
+        dropout_p = self.attn_drop.p if self.training else 0.
+        return attend(q, k, v, bias, dropout_p, self.fused_attn).transpose(1, 2).flatten(2)
 
 
 def _num_offsets(grid_size: Tuple[int, int]) -> Tuple[int, int]:

@@ -14,7 +14,7 @@ from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
 from .window import ceil_div, is_tracing_shapes
 
-__all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'pad_to_multiple']
+__all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'pad_to_multiple']
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
@@ -451,3 +451,10 @@ def grid_size(img_size: Union[int, Tuple[int, int]], reduction: int) -> Tuple[in
     """Rows and columns of tokens that a level of stride `reduction` has for an image: every part of it is covered."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     return ceil_div(height, reduction), ceil_div(width, reduction)
+
+
+def check_stages(num_stages: int, **per_stage: Tuple[Any, ...]) -> None:
+    """Raise a ValueError unless every per-stage argument has an entry for each stage."""
+    for name, value in per_stage.items():
+        if len(value) != num_stages:
+            raise ValueError(f'{name}={tuple(value)} has {len(value)} entries, but embed_dims has {num_stages} stages.')

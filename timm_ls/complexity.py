@@ -17,10 +17,10 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, img_size: Union[int, Tuple[int, int]] = 224) -> int:
-    """Multiply-adds of one image's forward pass, in matrix products and convolutions, as they are executed.
+    """Multiply-adds of one image's forward pass, in matrix products and convolutions, as eager mode executes them.
 
-    Counted by torch's `FlopCounterMode` on a copy on the meta device: nothing is computed. Windows that reach beyond
-    the image count in full.
+    Counted by torch's `FlopCounterMode` on a copy on the meta device: nothing is computed. Keys outside the image
+    count for nothing, as they are never attended.
 
     Args:
         model: A model with `in_chans` that takes images [B, in_chans, H, W].
@@ -30,6 +30,6 @@ def count_macs(model: nn.Module, img_size: Union[int, Tuple[int, int]] = 224) ->
     model = copy.deepcopy(model).to('meta').eval()
     image = torch.zeros(1, model.in_chans, height, width, device='meta', dtype=next(model.parameters()).dtype)
     counter = FlopCounterMode(display=False)
-    with attention_implementation('masked'), counter:
+    with attention_implementation('tiled'), counter:
         model(image)
     return counter.get_total_flops() // 2

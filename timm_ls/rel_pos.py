@@ -51,10 +51,13 @@ def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tu
     # a comparison of symbolic sizes would tie the graph to one image size; resizing to the same size is the identity
     if is_tracing_shapes() or table.shape[1] != size[0] or table.shape[2] != size[1]:
         table = resize_bias_table(table, size)
-    row, col = torch.arange(qh * kh, device=device), torch.arange(qw * kw, device=device)
-    rows, cols = row // kh - row % kh + kh - 1, col // kw - col % kw + kw - 1
-    bias = table.index_select(1, rows).index_select(2, cols)
-    return bias.reshape(table.shape[0], qh, kh, qw, kw).permute(0, 1, 3, 2, 4)
+    rows = torch.arange(qh, device=device)[:, None] - torch.arange(kh, device=device) + kh - 1
+    cols = torch.arange(qw, device=device)[:, None] - torch.arange(kw, device=device) + kw - 1
+    # one gather per axis: dimensions are broadcast, not split, as symbolic sizes are hard to divide
+    heads = table.shape[0]
+    bias = table[:, None].expand(-1, qh, -1, -1).gather(2, rows[None, :, :, None].expand(heads, -1, -1, size[1]))
+    index = cols[None, None, :, None].expand(heads, qh, -1, kh, -1)
+    return bias[:, :, None].expand(-1, -1, qw, -1, -1).gather(4, index)
 
 
 def expand_aliased_table(table: torch.Tensor) -> torch.Tensor:
@@ -130,10 +133,10 @@ class RelPosBias2d(nn.Module):
         return position_bias(self.table, query_size, key_size)
 
     def forward_global(self, bias: torch.Tensor) -> torch.Tensor:
-        """Extend a patch-to-patch bias [num_heads, N, N] by the global tokens in front, [num_heads, g + N, g + N]."""
+        """Extend a patch-to-patch bias [num_heads, M, N] by the global tokens in front, [num_heads, g + M, g + N]."""
         global_patch, global_global = self.global_patch, self.global_global
         assert global_patch is not None and global_global is not None
-        N, g = bias.shape[-1], global_patch.shape[-1]
+        M, N, g = bias.shape[-2], bias.shape[-1], global_patch.shape[-1]
         from_global = torch.cat([global_global, global_patch[0].unsqueeze(-1).expand(-1, g, N)], dim=-1)
-        from_patch = torch.cat([global_patch[1].unsqueeze(1).expand(-1, N, g), bias], dim=-1)
+        from_patch = torch.cat([global_patch[1].unsqueeze(1).expand(-1, M, g), bias], dim=-1)
         return torch.cat([from_global, from_patch], dim=1)

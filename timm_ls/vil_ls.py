@@ -16,7 +16,7 @@ from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import Block, PyramidTransformer, Stage, grid_size, pad_to_multiple
+from .backbone import Block, PyramidTransformer, Stage, check_stages, grid_size, pad_to_multiple
 from .checkpoint import unwrap_state_dict
 from .rel_pos import expand_aliased_table, resize_bias_table
 
@@ -183,13 +183,6 @@ class VilLs(PyramidTransformer):
     def convert_state_dict(self, state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
         """See `checkpoint_filter_fn`."""
         return checkpoint_filter_fn(state_dict, self)
-
-
-def check_stages(num_stages: int, **per_stage: Tuple[Any, ...]) -> None:
-    """Raise a ValueError unless every per-stage argument has an entry for each stage."""
-    for name, value in per_stage.items():
-        if len(value) != num_stages:
-            raise ValueError(f'{name}={tuple(value)} has {len(value)} entries, but embed_dims has {num_stages} stages.')
 
 
 # Names in the authors' checkpoints and ours: within `layer{i}.0` and `stages.{i - 1}`, ...

@@ -1,0 +1,668 @@
+"""CvT-LS: long-short attention in the Convolutional vision Transformer.
+
+Paper: `Long-Short Transformer: Efficient Transformers for Language and Vision` - https://arxiv.org/abs/2107.02192
+CvT: `Introducing Convolutions to Vision Transformers` - https://arxiv.org/abs/2103.15808
+
+No code or weights of CvT-LS were ever released. Sizes follow the table of the paper's ImageNet results; what the paper
+leaves open follows CvT, and each entrypoint says how far that goes.
+"""
+import re
+from functools import partial
+from typing import Any, Callable, Dict, Final, List, Optional, Tuple, Union
+
+import torch
+import torch.fx
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, reparameterize_model
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from .attention import GlobalAttention2d, LongShortAttention2d
+from .backbone import Block, PyramidTransformer, Stage, check_stages, grid_size, pad_to_multiple
+from .checkpoint import unwrap_state_dict
+from .rel_pos import resize_bias_table
+
+__all__ = ['CvtLs', 'fuse_conv_bn']
+
+torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not know
+
+
+class ConvEmbed(nn.Module):
+    """Overlapping patches, normalised: [B, C_in, H, W] to [B, ceil(H / s), ceil(W / s), C] (CvT, section 3.2).
+
+    Sides that the stride does not divide are padded with zeros at the right and the bottom, so that every pixel is
+    covered.
+
+    Args:
+        in_chans: Channels C_in.
+        dim: Channels C.
+        kernel_size: Side k of a patch.
+        stride: Distance s of neighbouring patches.
+        padding: Zeros p added on each side.
+        norm_layer: From channels to a norm over the last dimension.
+
+    Raises:
+        ValueError: `k - 2p` lies outside 1..s: sides of other lengths than ceil(n / s) would result.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            dim: int,
+            kernel_size: int,
+            stride: int,
+            padding: int,
+            norm_layer: Callable[..., nn.Module],
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if not 0 < kernel_size - 2 * padding <= stride:
+            raise ValueError(
+                f'Patch size {kernel_size}, stride {stride}, padding {padding}: expected'
+                ' 0 < size - 2 * padding <= stride, so that n pixels give ceil(n / stride) tokens.')
+        self.stride = stride
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=kernel_size, stride=stride, padding=padding, **dd)
+        self.norm = norm_layer(dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(pad_to_multiple(x, self.stride))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class DepthwiseConvNorm(nn.Module):
+    """Several depthwise 3 x 3 convolutions of one map, each followed by BatchNorm, as one grouped convolution.
+
+    Every channel of the input gives `parts` channels of the output, which lie next to each other: no copy of the
+    input is made, and BatchNorm, which knows no other channel, is exact.
+
+    Args:
+        dim: Channels C.
+        parts: Convolutions.
+        stride: Stride s of the convolutions.
+    """
+
+    def __init__(self, dim: int, parts: int, stride: int = 1, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.dim = dim
+        self.parts = parts
+        self.conv = nn.Conv2d(dim, parts * dim, 3, stride=stride, padding=1, groups=dim, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(parts * dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """From a map [B, H, W, C] to [B, ceil(H / s), ceil(W / s), C, parts]."""
+        x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
+        return x.permute(0, 2, 3, 1).unflatten(-1, (self.dim, self.parts))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """The same module for inference, BatchNorm folded into the convolution; timm's `reparameterize_model` calls it.
+
+        Raises:
+            ValueError: The module is in training mode, where BatchNorm depends on the batch.
+        """
+        if self.training:
+            raise ValueError('BatchNorm can only be folded for inference: call eval() on the model first.')
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
+        return self
+
+
+class ConvQkv(nn.Module):
+    """Convolutional projection of a map to queries, keys and values (CvT, section 3.3).
+
+    A depthwise convolution with BatchNorm and then a linear layer for each of the three. Where keys and values keep
+    the resolution of the map, the three convolutions run as one.
+
+    Args:
+        dim: Channels C.
+        bias: Learn a bias in the linear layers.
+        kv_stride: Stride s of the convolutions of keys and values; 2 in CvT.
+        query_scale: Factor on the queries.
+    """
+    query_scale: Final[float]
+
+    def __init__(
+            self,
+            dim: int,
+            bias: bool = True,
+            kv_stride: int = 1,
+            query_scale: float = 1.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.query_scale = query_scale
+        if kv_stride == 1:
+            self.depthwise = DepthwiseConvNorm(dim, 3, **dd)
+            self.depthwise_kv = None
+        else:
+            self.depthwise = DepthwiseConvNorm(dim, 1, **dd)
+            self.depthwise_kv = DepthwiseConvNorm(dim, 2, stride=kv_stride, **dd)
+        # apart, not one layer over 3 * C channels: each has an input of its own
+        self.q = nn.Linear(dim, dim, bias=bias, **dd)
+        self.k = nn.Linear(dim, dim, bias=bias, **dd)
+        self.v = nn.Linear(dim, dim, bias=bias, **dd)
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """From a map [B, H, W, C] to queries of that shape, keys and values [B, ceil(H / s), ceil(W / s), C]."""
+        maps = self.depthwise(x)
+        if self.depthwise_kv is not None:
+            kv = self.depthwise_kv(x)
+            return self.project(maps[..., 0], kv[..., 0], kv[..., 1])
+        return self.project(maps[..., 0], maps[..., 1], maps[..., 2])
+
+    def project(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> List[torch.Tensor]:
+        """The linear layers alone, over the last dimension; global tokens have no neighbours to convolve."""
+        q = self.q(q)
+        if self.query_scale != 1.:
+            q = q * self.query_scale
+        return [q, self.k(k), self.v(v)]
+
+
+def query_scale(attn_scale: str, num_heads: int) -> float:
+    """Factor on the queries of attention that itself divides logits by sqrt(channels per head).
+
+    Args:
+        attn_scale: 'head' to leave it at that, 'dim' to divide by sqrt(channels) as released CvT does.
+        num_heads: Attention heads.
+
+    Raises:
+        ValueError: `attn_scale` is neither.
+    """
+    if attn_scale not in ('head', 'dim'):
+        raise ValueError(f"Unknown attn_scale={attn_scale!r}: expected 'head' or 'dim'.")
+    return 1. if attn_scale == 'head' else num_heads ** -0.5
+
+
+class ConvLongShortAttention2d(LongShortAttention2d):
+    """Long-short attention with convolutional projections.
+
+    Everything but the projections, the dynamic projection included, is `LongShortAttention2d`. Global tokens pass
+    through the linear layers only.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        qkv_bias: Learn a bias in the linear layers for queries, keys and values.
+        attn_scale: Logits are divided by the square root of channels per 'head' or of 'dim' (all channels).
+        device: Where to create parameters.
+        dtype: Their type.
+        **kwargs: See `LongShortAttention2d`.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            qkv_bias: bool = True,
+            attn_scale: str = 'head',
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias, **kwargs, **dd)
+        del self.qkv  # in its place:
+        self.conv_qkv = ConvQkv(dim, qkv_bias, query_scale=query_scale(attn_scale, num_heads), **dd)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
+        global_qkv: Optional[torch.Tensor] = None
+        if self.num_global_tokens > 0:
+            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
+            global_qkv = torch.cat(self.conv_qkv.project(global_tokens, global_tokens, global_tokens), dim=-1)
+        x, global_tokens = self.attend(x, torch.cat(self.conv_qkv(x), dim=-1), global_qkv)
+        x = self.proj_drop(self.proj(x))
+        if global_tokens is not None:
+            global_tokens = self.proj_drop(self.proj(global_tokens))
+        return x, global_tokens
+
+
+class ConvGlobalAttention2d(GlobalAttention2d):
+    """Full attention with convolutional projections: that of CvT, given `kv_stride=2` and `attn_scale='dim'`.
+
+    Args:
+        dim: Channels.
+        num_heads: Attention heads.
+        qkv_bias: Learn a bias in the linear layers for queries, keys and values.
+        kv_stride: Stride of the convolutions of keys and values. The bias table keeps offsets in steps of the map.
+        attn_scale: Logits are divided by the square root of channels per 'head' or of 'dim' (all channels).
+        device: Where to create parameters.
+        dtype: Their type.
+        **kwargs: See `GlobalAttention2d`.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            qkv_bias: bool = True,
+            kv_stride: int = 1,
+            attn_scale: str = 'head',
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias, **kwargs, **dd)
+        if kv_stride < 1:
+            raise ValueError(f'kv_stride={kv_stride}: expected a stride of at least 1.')
+        self.kv_stride = kv_stride
+        del self.qkv  # in its place:
+        self.conv_qkv = ConvQkv(dim, qkv_bias, kv_stride, query_scale(attn_scale, num_heads), **dd)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
+        H, W = x.shape[1], x.shape[2]
+        g = self.num_global_tokens
+        qkv = self.conv_qkv(x)
+        q, k, v = qkv[0].flatten(1, 2), qkv[1].flatten(1, 2), qkv[2].flatten(1, 2)
+        if g > 0:
+            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
+            global_qkv = self.conv_qkv.project(global_tokens, global_tokens, global_tokens)
+            q = torch.cat([global_qkv[0], q], dim=1)
+            k = torch.cat([global_qkv[1], k], dim=1)
+            v = torch.cat([global_qkv[2], v], dim=1)
+        out = self.proj_drop(self.proj(self.attend(q, k, v, H, W, self.kv_stride)))
+        x = out[:, g:].unflatten(1, (H, W))
+        return x, out[:, :g] if g > 0 else None
+
+
+class CvtLs(PyramidTransformer):
+    """CvT-LS: three stages of long-short ('ls') or full ('full') attention, any image size from 32 x 32.
+
+    With `**PLAIN_CVT` it is CvT itself, as released by Microsoft, whose weights then load.
+
+    Args:
+        in_chans: Image channels.
+        num_classes: Classes; 0 for no classifier.
+        global_pool: 'avg', 'max', 'avgmax', '' or, with a global token in the last stage, 'token'.
+        img_size: Image size that the bias tables of full-attention stages are made for, where `rel_pos_bias` is on.
+            Other sizes run as well.
+        embed_dims: Channels per stage.
+        depths: Blocks per stage.
+        num_heads: Heads per stage.
+        patch_sizes: Kernel size of the token embedding per stage, as in CvT.
+        patch_strides: Its stride, as in CvT.
+        patch_paddings: Its padding, as in CvT.
+        attn_types: 'ls' or 'full' per stage.
+        window_size: Window side in tokens.
+        rank: Landmarks per head.
+        num_global_tokens: Class tokens per stage. Those of the last stage are kept for pooling.
+        mlp_ratio: MLP width over channels.
+        qkv_bias: Learn a bias in the linear layers for queries, keys and values.
+        kv_stride: Stride of the key and value projections, for all stages or per stage; above 1 with full attention
+            only.
+        attn_scale: Logits are divided by the square root of channels per 'head' or of 'dim' (all channels), as in
+            released CvT.
+        rel_pos_bias: Learn relative position biases; off as in CvT, whose convolutions tell positions apart.
+        global_update: What class tokens of long-short stages attend to: 'outputs' or 'keys'.
+        drop_rate: Dropout probability before the classifier.
+        pos_drop_rate: Dropout probability after each token embedding.
+        proj_drop_rate: Dropout probability after attention and in MLPs.
+        attn_drop_rate: Dropout probability of attention weights.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
+        norm_layer: Norm over the last dimension.
+        act_layer: Activation of the MLPs.
+
+    Raises:
+        ValueError: An argument is out of range; the message names it.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            img_size: Union[int, Tuple[int, int]] = 224,
+            embed_dims: Tuple[int, ...] = (64, 192, 384),
+            depths: Tuple[int, ...] = (1, 2, 10),
+            num_heads: Tuple[int, ...] = (1, 3, 6),
+            patch_sizes: Tuple[int, ...] = (7, 3, 3),
+            patch_strides: Tuple[int, ...] = (4, 2, 2),
+            patch_paddings: Tuple[int, ...] = (2, 1, 1),
+            attn_types: Tuple[str, ...] = ('ls', 'ls', 'ls'),
+            window_size: int = 7,
+            rank: int = 8,
+            num_global_tokens: Tuple[int, ...] = (0, 0, 0),
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            kv_stride: Union[int, Tuple[int, ...]] = 1,
+            attn_scale: str = 'head',
+            rel_pos_bias: bool = False,
+            global_update: str = 'outputs',
+            drop_rate: float = 0.,
+            pos_drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            attn_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
+            act_layer: Union[str, Callable[..., nn.Module]] = 'gelu',
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        norm_layer = partial(get_norm_layer(norm_layer), eps=1e-5)
+        act_layer = get_act_layer(act_layer)
+        kv_strides = (kv_stride,) * len(embed_dims) if isinstance(kv_stride, int) else kv_stride
+        check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
+                     patch_strides=patch_strides, patch_paddings=patch_paddings, attn_types=attn_types,
+                     num_global_tokens=num_global_tokens, kv_stride=kv_strides)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        stages, reductions, reduction = [], [], 1
+        for i, dim in enumerate(embed_dims):
+            reduction *= patch_strides[i]
+            reductions.append(reduction)
+            is_last = i == len(embed_dims) - 1
+            embed = ConvEmbed(
+                in_chans if i == 0 else embed_dims[i - 1],
+                dim,
+                kernel_size=patch_sizes[i],
+                stride=patch_strides[i],
+                padding=patch_paddings[i],
+                norm_layer=norm_layer,
+                **dd,
+            )
+            attn_args = dict(
+                num_heads=num_heads[i],
+                num_global_tokens=num_global_tokens[i],
+                qkv_bias=qkv_bias,
+                attn_scale=attn_scale,
+                rel_pos_bias=rel_pos_bias,
+                attn_drop=attn_drop_rate,
+                proj_drop=proj_drop_rate,
+                **dd,
+            )
+            if attn_types[i] == 'ls' and kv_strides[i] != 1:
+                raise ValueError(
+                    f"kv_stride={kv_strides[i]} in stage {i}, whose attention is 'ls': windows need a key at every"
+                    " token, kv_stride=1; strided keys and values need 'full' in attn_types.")
+            blocks = []
+            for j in range(depths[i]):
+                if attn_types[i] == 'ls':
+                    attn = ConvLongShortAttention2d(
+                        dim, window_size=window_size, rank=rank, global_update=global_update, **attn_args)
+                elif attn_types[i] == 'full':
+                    attn = ConvGlobalAttention2d(
+                        dim, grid_size=grid_size(img_size, reduction), kv_stride=kv_strides[i], **attn_args)
+                else:
+                    raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
+                blocks.append(Block(
+                    dim,
+                    attn,
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=drop_path_rates[i][j],
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    **dd,
+                ))
+            stages.append(Stage(
+                dim,
+                embed,
+                blocks,
+                num_global_tokens=num_global_tokens[i],
+                return_global_tokens=is_last,
+                pos_drop=pos_drop_rate,
+                **dd,
+            ))
+
+        super().__init__(
+            stages,
+            attn_types=tuple(attn_types),
+            dims=tuple(embed_dims),
+            reductions=tuple(reductions),
+            num_global_tokens=num_global_tokens[-1],
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm_layer=norm_layer,
+            **dd,
+        )
+
+    @torch.jit.ignore
+    def convert_state_dict(self, state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+        """See `checkpoint_filter_fn`."""
+        return checkpoint_filter_fn(state_dict, self)
+
+
+def fuse_conv_bn(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """Fold every BatchNorm of a CvT-LS into the convolution before it, for inference.
+
+    The same as timm's `reparameterize_model` (its scripts' `--reparam`); outputs stay equal up to rounding. Save
+    weights before: those of a folded model fit folded models only.
+
+    Args:
+        model: A model in eval mode.
+        inplace: Change `model` instead of a copy.
+
+    Returns:
+        The folded model.
+
+    Raises:
+        ValueError: The model is in training mode.
+    """
+    return reparameterize_model(model, inplace=inplace)
+
+
+# Names in CvT's checkpoints and ours: Microsoft's first, then Hugging Face's. Within stage i and `stages.{i}`, ...
+CVT_STAGE_NAMES = {
+    'cls_token': 'global_tokens',
+    'patch_embed.proj': 'embed.proj',
+    'patch_embed.norm': 'embed.norm',
+    'embedding.convolution_embeddings.projection': 'embed.proj',
+    'embedding.convolution_embeddings.normalization': 'embed.norm',
+}
+# ... within block j of it and `stages.{i}.blocks.{j}`, where `conv_q`, `conv_k` and `conv_v` are still apart, ...
+CVT_BLOCK_NAMES = {
+    'norm1': 'norm1',
+    'attn.conv_proj_q.conv': 'attn.conv_q.conv',
+    'attn.conv_proj_q.bn': 'attn.conv_q.norm',
+    'attn.conv_proj_k.conv': 'attn.conv_k.conv',
+    'attn.conv_proj_k.bn': 'attn.conv_k.norm',
+    'attn.conv_proj_v.conv': 'attn.conv_v.conv',
+    'attn.conv_proj_v.bn': 'attn.conv_v.norm',
+    'attn.proj_q': 'attn.conv_qkv.q',
+    'attn.proj_k': 'attn.conv_qkv.k',
+    'attn.proj_v': 'attn.conv_qkv.v',
+    'attn.proj': 'attn.proj',
+    'norm2': 'norm2',
+    'mlp.fc1': 'mlp.fc1',
+    'mlp.fc2': 'mlp.fc2',
+    'layernorm_before': 'norm1',
+    'attention.attention.convolution_projection_query.convolution_projection.convolution': 'attn.conv_q.conv',
+    'attention.attention.convolution_projection_query.convolution_projection.normalization': 'attn.conv_q.norm',
+    'attention.attention.convolution_projection_key.convolution_projection.convolution': 'attn.conv_k.conv',
+    'attention.attention.convolution_projection_key.convolution_projection.normalization': 'attn.conv_k.norm',
+    'attention.attention.convolution_projection_value.convolution_projection.convolution': 'attn.conv_v.conv',
+    'attention.attention.convolution_projection_value.convolution_projection.normalization': 'attn.conv_v.norm',
+    'attention.attention.projection_query': 'attn.conv_qkv.q',
+    'attention.attention.projection_key': 'attn.conv_qkv.k',
+    'attention.attention.projection_value': 'attn.conv_qkv.v',
+    'attention.output.dense': 'attn.proj',
+    'layernorm_after': 'norm2',
+    'intermediate.dense': 'mlp.fc1',
+    'output.dense': 'mlp.fc2',
+}
+# ... and outside the stages, where Microsoft's are ours
+CVT_HEAD_NAMES = {
+    'layernorm': 'norm',
+    'classifier': 'head',
+}
+
+
+def rename_cvt(name: str) -> str:
+    """Our name of a parameter of CvT's checkpoints (Microsoft's or Hugging Face's), the name itself if there is none.
+
+    Convolutions get names of their own, `attn.conv_q`, `attn.conv_k` and `attn.conv_v`, for `merge_convolutions`.
+    """
+    middle, leaf = name, ''
+    match = re.fullmatch(r'(.+)(\.(?:weight|bias|running_mean|running_var|num_batches_tracked))', name)
+    if match is not None:
+        middle, leaf = match[1], match[2]
+    match = re.fullmatch(r'(?:stage|(?:cvt\.)?encoder\.stages\.)(\d+)\.(?:(?:blocks|layers)\.(\d+)\.)?(.+)', middle)
+    if match is None:
+        return CVT_HEAD_NAMES.get(middle, middle) + leaf
+    stage, block, middle = match[1], match[2], match[3]
+    names = CVT_STAGE_NAMES if block is None else CVT_BLOCK_NAMES
+    if middle not in names:
+        return name
+    prefix = f'stages.{stage}' if block is None else f'stages.{stage}.blocks.{block}'
+    return f'{prefix}.{names[middle]}{leaf}'
+
+
+def merge_convolutions(weights: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Join the convolutions and BatchNorms for queries, keys and values, apart in CvT, as `model` runs them.
+
+    Args:
+        weights: By the names that `rename_cvt` gives.
+        model: The model that they are for.
+
+    Returns:
+        By the names of `model`. A group of which a part is missing stays as it is.
+    """
+    expected = model.state_dict()
+    merged, used = {}, set()
+    for name in expected:
+        match = re.fullmatch(r'(.+\.attn)\.conv_qkv\.(depthwise|depthwise_kv)\.(.+)', name)
+        if match is None:
+            continue
+        attn, module, leaf = match[1], match[2], match[3]
+        parts = 'kv' if module == 'depthwise_kv' else 'qkv'
+        if module == 'depthwise' and f'{attn}.conv_qkv.depthwise_kv.{leaf}' in expected:
+            parts = 'q'
+        names = [f'{attn}.conv_{part}.{leaf}' for part in parts]
+        if all(part in weights for part in names):
+            values = [weights[part] for part in names]
+            merged[name] = torch.stack(values, dim=1).flatten(0, 1) if values[0].ndim > 0 else values[0]
+            used.update(names)
+        elif leaf == 'norm.num_batches_tracked':  # a count that plays no part in the statistics
+            merged[name] = torch.zeros((), dtype=torch.long)
+    return {**{name: value for name, value in weights.items() if name not in used}, **merged}
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Convert a checkpoint to the names, layouts and sizes of `model`.
+
+    Takes our own weights and those of plain CvT: Microsoft's files, with or without `module.`, and the layout of
+    Hugging Face's `microsoft/cvt-13`. Those of CvT fit a model built with `PLAIN_CVT`; see `warm_start` for others.
+    Bias tables of other image or window sizes are resized.
+
+    Args:
+        state_dict: What the file holds.
+        model: The model to load it into.
+
+    Returns:
+        Weights by our names.
+    """
+    weights = unwrap_state_dict(state_dict)
+    if any(name.startswith(('stage0.', 'cvt.encoder.', 'encoder.stages.')) for name in weights):
+        return merge_convolutions({rename_cvt(name): value for name, value in weights.items()}, model)
+
+    expected = model.state_dict()
+    for name, table in weights.items():
+        if name.endswith('.rel_pos.table') and name in expected and table.shape[0] == expected[name].shape[0]:
+            size = tuple(expected[name].shape[1:])
+            if tuple(table.shape[1:]) != size:
+                weights[name] = resize_bias_table(table, size)
+    return weights
+
+
+def _create_cvt_ls(variant: str, pretrained: bool = False, **kwargs: Any) -> CvtLs:
+    feature_cfg = dict(out_indices=tuple(range(len(kwargs['embed_dims']))), flatten_sequential=True)
+    if kwargs.get('num_global_tokens', (0,))[-1] > 0:  # the last stage gives a sequence of tokens, not a map
+        feature_cfg = dict(out_indices=feature_cfg['out_indices'], feature_cls='getter')
+    return build_model_with_cfg(
+        CvtLs,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (14, 14),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'min_input_size': (3, 32, 32),
+        'first_conv': 'stages.0.embed.proj',
+        'classifier': 'head',
+        'paper_ids': 'arXiv:2107.02192',
+        'paper_name': 'Long-Short Transformer: Efficient Transformers for Language and Vision',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'cvt_ls_13': _cfg(),
+    'cvt_ls_17': _cfg(),
+    'cvt_ls_21': _cfg(),
+    'cvt_ls_21s': _cfg(),
+})
+
+CVT_13 = dict(embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6))
+CVT_21 = dict(embed_dims=(64, 192, 384), depths=(1, 4, 16), num_heads=(1, 3, 6))
+WIDE_17 = dict(embed_dims=(128, 256, 384), depths=(3, 4, 10), num_heads=(2, 4, 6))
+WIDE_21S = dict(embed_dims=(128, 256, 384), depths=(3, 4, 14), num_heads=(2, 4, 6))
+
+# Arguments that make `cvt_ls_13` and `cvt_ls_21` the CvT-13 and CvT-21 that Microsoft released
+PLAIN_CVT = dict(
+    attn_types=('full', 'full', 'full'),
+    kv_stride=2,
+    attn_scale='dim',
+    num_global_tokens=(0, 0, 1),
+    global_pool='token',
+    act_layer='quick_gelu',
+)
+
+
+@register_model
+def cvt_ls_13(pretrained: bool = False, **kwargs: Any) -> CvtLs:
+    """CvT-LS-13: the stages of CvT-13, long-short attention throughout. No weights exist."""
+    return _create_cvt_ls('cvt_ls_13', pretrained, **dict(CVT_13, **kwargs))
+
+
+@register_model
+def cvt_ls_17(pretrained: bool = False, **kwargs: Any) -> CvtLs:
+    """CvT-LS-17, reconstructed: the paper gives its parameters and cost only, which these stages come close to."""
+    return _create_cvt_ls('cvt_ls_17', pretrained, **dict(WIDE_17, **kwargs))
+
+
+@register_model
+def cvt_ls_21(pretrained: bool = False, **kwargs: Any) -> CvtLs:
+    """CvT-LS-21: the stages of CvT-21, long-short attention throughout. No weights exist."""
+    return _create_cvt_ls('cvt_ls_21', pretrained, **dict(CVT_21, **kwargs))
+
+
+@register_model
+def cvt_ls_21s(pretrained: bool = False, **kwargs: Any) -> CvtLs:
+    """CvT-LS-21S, reconstructed: the paper gives its parameters and cost only, which these stages come close to."""
+    return _create_cvt_ls('cvt_ls_21s', pretrained, **dict(WIDE_21S, **kwargs))
