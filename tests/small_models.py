@@ -1,4 +1,6 @@
 """Every registered model, and each at a size that a test can run: its own kinds of layers, few and narrow."""
+from functools import lru_cache
+
 import timm
 
 import timm_ls  # noqa: F401 registers the models
@@ -8,6 +10,7 @@ NAMES = [
     if timm.models.model_entrypoint(name).__module__.startswith('timm_ls.')]
 
 
+@lru_cache
 def small_args(name: str) -> dict:
     """Arguments that shrink a model, as many stages as it has."""
     stages = len(timm.create_model(name, device='meta').feature_info)

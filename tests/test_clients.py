@@ -44,7 +44,8 @@ def seeded():
 def test_segmentation_models_pytorch(decoder):
     """A segmenter by name, eager, scripted, and compiled as one graph for all sizes."""
     smp = pytest.importorskip('segmentation_models_pytorch')
-    model = getattr(smp, decoder)(f'tu-{NAME}', encoder_weights=None, classes=3, **small_args(NAME))
+    args = dict(small_args(NAME), depths=(1, 1, 1, 1))
+    model = getattr(smp, decoder)(f'tu-{NAME}', encoder_weights=None, classes=3, **args)
     x = image()
     masks = model(x)
     assert masks.shape == (2, 3, 64, 96)
@@ -60,12 +61,12 @@ def test_segmentation_models_pytorch(decoder):
             return graph.forward
 
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
-        for size in ((64, 96), (96, 64), (160, 224)):
+        for size in ((64, 96), (96, 64)):
             x = image(1, size)
             expected = model(x)
             torch.testing.assert_close(scripted(x), expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
-    assert len(graphs) <= 2
+    assert len(graphs) == 1
 
 
 def test_effdet():
@@ -117,7 +118,7 @@ def test_transformers_image_classification(tmp_path):
 
 @pytest.mark.parametrize('kind', ['Detr', 'Mask2Former'])
 def test_transformers_detection_and_segmentation(tmp_path, kind):
-    """Models built from a configuration on our backbone: losses with targets, images padded to a common size, reload."""
+    """Built from a configuration on our backbone: losses with targets, images padded to a common size, reload."""
     transformers = pytest.importorskip('transformers')
     pytest.importorskip('scipy', reason='transformers matches targets with scipy')
     backbone = transformers.TimmBackboneConfig(backbone=NAME, out_indices=[0, 1, 2, 3], freeze_batch_norm_2d=False)
@@ -157,7 +158,7 @@ def test_transformers_detection_and_segmentation(tmp_path, kind):
 
 @pytest.mark.parametrize('kind', ['FasterRCNN', 'RetinaNet', 'MaskRCNN'])
 def test_torchvision_detection(kind):
-    """Detectors on `BackboneWithFPN`: losses and detections, for two batches of different sizes, none of them square."""
+    """Detectors on `BackboneWithFPN`: losses and detections for two batches of different sizes, none of them square."""
     detection = torchvision.models.detection
     body = create(NAME, features_only=True)
     levels = {name: str(i) for i, name in enumerate(body.return_layers)}
@@ -264,7 +265,7 @@ def test_torchao():
         expected, actual = model(views), quantized(views)
     difference = (actual - expected).abs().max() / expected.abs().max()
     agreement = (actual.argmax(1) == expected.argmax(1)).float().mean().item()
-    print(f'{len(views)} views of {len(x)} photos: top-1 agreement {agreement:.1%}, largest difference {difference:.1e}')
+    print(f'{len(views)} views of {len(x)} photos: top-1 agreement {agreement:.1%}, difference {difference:.1e}')
     assert 0 < difference < .1
     assert agreement >= .95
 
@@ -294,13 +295,15 @@ def test_timm_scripts(tmp_path, timm_scripts, script):
     name, _, option = script.partition(' ')
     if name == 'train.py':
         command = ['--data-dir', str(tmp_path), *size, *device, '--epochs', '2', '--batch-size', '4', '--workers', '0',
-                   '--opt', 'adamw', '--lr', '1e-3', '--layer-decay', '.8', '--model-ema', '--output', str(tmp_path / 'out')]
+                   '--opt', 'adamw', '--lr', '1e-3', '--layer-decay', '.8', '--model-ema',
+                   '--output', str(tmp_path / 'out')]
         expect = 'Best metric'
     elif name == 'validate.py':
         command = ['--data-dir', str(tmp_path / 'validation'), *size, *device, '--batch-size', '4', '--workers', '0']
         expect = '"top1"'
     else:
-        command = [*size, *device, '--batch-size', '2', '--num-warm-iter', '1', '--num-bench-iter', '2', '--bench', 'train']
+        command = [*size, *device, '--batch-size', '2', '--num-warm-iter', '1', '--num-bench-iter', '2',
+                   '--bench', 'train']
         expect = '"train_samples_per_sec"'
     prefix = [] if option else ['-m', 'timm_ls', 'run']
     modules = [option, 'timm_ls'] if option else []

@@ -63,7 +63,7 @@ def test_attributes(name):
     """What clients read before they run anything."""
     model = timm.create_model(name, device='meta')
     cfg = model.pretrained_cfg
-    assert cfg['architecture'] == name and cfg['license'] and cfg['origin_url'] and cfg['paper_ids']
+    assert cfg['architecture'] == name and cfg['paper_ids'] and cfg['paper_name']
     assert (model.in_chans, model.num_classes, model.global_pool) == (3, 1000, 'avg')
     assert model.num_features == model.head_hidden_size == model.feature_info[-1]['num_chs']
     assert model.grad_checkpointing is False
@@ -98,8 +98,13 @@ def test_reset_classifier(name):
     torch.testing.assert_close(model(x), features.mean((2, 3)))
     model.reset_classifier(0, 'avgmax')
     torch.testing.assert_close(model(x), .5 * (features.mean((2, 3)) + pooled))
+    model.reset_classifier(3, 'catavgmax')
+    both = torch.cat([features.mean((2, 3)), pooled], dim=1)
+    torch.testing.assert_close(model(x), model.head(both))
+    assert model.head_hidden_size == 2 * model.num_features
     model.reset_classifier(0, '')
     torch.testing.assert_close(model(x), features)
+    assert model.head_hidden_size == model.num_features
     model.reset_classifier(3)
     assert model.global_pool == '' and model(x).shape == (2, 3, *features.shape[2:])
     model.to('meta').train().reset_classifier(4, 'avg')
