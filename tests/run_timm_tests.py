@@ -11,7 +11,6 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Sequence
 
 import pytest
 import timm
@@ -116,13 +115,8 @@ class OurModels:
         return '\n'.join(lines)
 
 
-def download_source(folder: Path, names: Sequence[str]) -> Path:
-    """Download timm's source distribution into a folder and unpack parts of it; returns the unpacked folder.
-
-    Args:
-        folder: Where to put it.
-        names: Files and folders of its top level.
-    """
+def download_tests(folder: Path) -> Path:
+    """Download timm's source distribution into a folder and unpack its tests there; returns their folder."""
     version = importlib.metadata.version('timm')
     subprocess.run(
         [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
@@ -130,14 +124,14 @@ def download_source(folder: Path, names: Sequence[str]) -> Path:
         check=True)
     archive, = folder.glob('timm-*.tar.gz')
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, members=[m for m in tar if f'{m.name}/'.split('/')[1] in names], filter='data')
-    return folder / archive.name.removesuffix('.tar.gz')
+        tar.extractall(folder, members=[m for m in tar if m.name.split('/')[1:2] == ['tests']], filter='data')
+    return folder / archive.name.removesuffix('.tar.gz') / 'tests'
 
 
 def main() -> int:
     """Download, run, print the counts; returns pytest's exit status."""
     with tempfile.TemporaryDirectory() as folder:
-        tests = download_source(Path(folder), ['tests']) / 'tests'
+        tests = download_tests(Path(folder))
         plugin = OurModels()
         status = pytest.main(
             # of timm's limits, those on time depend on the machine

@@ -4,6 +4,7 @@ A test is skipped only where its library is not installed: `pip install 'timm-ls
 """
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torchvision
 from PIL import Image
 from small_models import create, small_args
+from timm.optim import create_optimizer_v2
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +88,7 @@ def test_effdet():
 
 
 def test_transformers_backbone():
-    """`TimmBackbone`: the chosen levels, and all of them as hidden states."""
+    """`TimmBackbone`: the chosen levels, NCHW."""
     transformers = pytest.importorskip('transformers')
     config = transformers.TimmBackboneConfig(backbone=NAME, out_indices=[1, 3])
     model = transformers.TimmBackbone(config, **small_args(NAME))
@@ -94,8 +96,6 @@ def test_transformers_backbone():
     maps = model(image()).feature_maps
     assert [tuple(level.shape) for level in maps] == [(2, 24, 8, 12), (2, 48, 2, 3)]
     assert_trains(model, sum(level.square().mean() for level in maps))
-    everything = model(image(), output_hidden_states=True).hidden_states
-    assert len(everything) == 4 and torch.equal(everything[3], model(image()).feature_maps[1])
 
 
 def test_transformers_image_classification(tmp_path):
@@ -134,7 +134,7 @@ def test_transformers_detection_and_segmentation(tmp_path, kind):
         assert outputs.pred_boxes.shape == (2, 5, 4)
     else:
         config = transformers.Mask2FormerConfig(
-            backbone_config=backbone, feature_size=16, mask_feature_size=16, hidden_dim=16, num_queries=5, num_labels=3,
+            backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=5, num_labels=3,
             encoder_layers=1, decoder_layers=2, encoder_feedforward_dim=16, dim_feedforward=16, num_attention_heads=2,
             train_num_points=64)
         model = transformers.Mask2FormerForUniversalSegmentation(config)
@@ -143,11 +143,7 @@ def test_transformers_detection_and_segmentation(tmp_path, kind):
         outputs = model(
             pixel_values=x, pixel_mask=mask, mask_labels=[masks, masks], class_labels=[torch.tensor([1])] * 2)
         assert outputs.masks_queries_logits.shape[:2] == (2, 5)
-    ours = [module for module in model.modules() if isinstance(module, transformers.TimmBackbone)]
-    assert len(ours) == 1
-    outputs.loss.backward()
-    reached = [p.grad is not None and p.grad.isfinite().all() for n, p in ours[0].named_parameters() if 'blocks.' in n]
-    assert len(reached) > 100 and all(reached)
+    assert_trains(model, outputs.loss)
 
     model.eval().save_pretrained(tmp_path)
     restored = type(model).from_pretrained(tmp_path).eval()
@@ -197,7 +193,7 @@ def test_lightning():
             return loss
 
         def configure_optimizers(self):
-            return timm.optim.create_optimizer_v2(self.model, 'adamw', lr=1e-3, weight_decay=.05, layer_decay=.8)
+            return create_optimizer_v2(self.model, 'adamw', lr=1e-3, weight_decay=.05, layer_decay=.8)
 
     x = image(4)
     x[2:] += 1.
@@ -261,7 +257,8 @@ def test_torchao():
         assert sum(type(module.weight) is not torch.nn.Parameter for module in quantized.modules()
                    if isinstance(module, torch.nn.Linear)) == sum(
                        isinstance(module, torch.nn.Linear) for module in model.modules())
-        views = torch.cat([x, x.flip(3), x[:, :, 6:-6, 8:-8], (x * .8 + .1)])
+        crop = torch.nn.functional.interpolate(x[:, :, 6:-6, 8:-8], size=x.shape[2:], mode='bilinear')
+        views = torch.cat([x, x.flip(3), crop, x * .8 + .1])
         expected, actual = model(views), quantized(views)
     difference = (actual - expected).abs().max() / expected.abs().max()
     agreement = (actual.argmax(1) == expected.argmax(1)).float().mean().item()
@@ -270,14 +267,12 @@ def test_torchao():
     assert agreement >= .95
 
 
-@pytest.fixture(scope='session')
-def timm_scripts(tmp_path_factory):
-    """timm's scripts, which only its source distribution holds."""
-    from run_timm_tests import download_source
-    try:
-        return download_source(tmp_path_factory.mktemp('timm'), ['train.py', 'validate.py', 'benchmark.py'])
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f'timm\'s source distribution could not be downloaded: {error}')
+@pytest.fixture
+def timm_scripts():
+    """The folder of timm's scripts: a clone of its repository, since its distributions do not hold them."""
+    if 'TIMM_SCRIPTS' not in os.environ:
+        pytest.skip("timm's distributions do not hold its scripts: set TIMM_SCRIPTS to a clone of its repository")
+    return Path(os.environ['TIMM_SCRIPTS'])
 
 
 @pytest.mark.parametrize('script', ['train.py', 'validate.py', 'benchmark.py', 'train.py --device-modules'])

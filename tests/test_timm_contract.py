@@ -409,6 +409,9 @@ def test_half_precision(name, dtype, autocast):
     """Finite, and no more than twice as far from float32 as the plain path, by one mask and no fused kernel."""
     torch.manual_seed(0)
     model = create(name, num_classes=10).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:  # so large that what attention adds counts
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -.5)
     x = image()
     expected = outputs_and_gradients(model, x)
     results = outputs_and_gradients(model, x, dtype, autocast)

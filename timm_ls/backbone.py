@@ -176,7 +176,8 @@ class PyramidTransformer(nn.Module):
         num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' (none) or, if the last stage returns global tokens, 'token'.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' (none) or, if the last stage returns global tokens,
+            'token'.
         drop_rate: Dropout probability before the classifier.
         norm_layer: From channels to a norm over the last dimension.
     """
