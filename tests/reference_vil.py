@@ -56,8 +56,8 @@ def _attention(x, weights, name, g, height, width, window):
         weight = (q[:, g + mine] @ k[:, keys].transpose(1, 2) + bias).softmax(-1)
         out[:, g + mine] = weight @ v[:, keys]
     if g > 0:
-        bias = torch.cat([
-            weights[f'{name}.g2g_relative_position_bias'], from_global[..., None].expand(-1, -1, height * width)], dim=-1)
+        among = weights[f'{name}.g2g_relative_position_bias']
+        bias = torch.cat([among, from_global[..., None].expand(-1, -1, height * width)], dim=-1)
         out[:, :g] = (q[:, :g] @ k.transpose(1, 2) + bias).softmax(-1) @ v
     return _linear(out.transpose(0, 1).flatten(1), weights, f'{name}.proj')
 

@@ -37,7 +37,7 @@ def correlations(maps, others):
 def test_cvt_ls_from_cvt(tmp_path):
     """cvt_ls_13 from CvT-13: everything but the long-short layers; features like the source's, unlike a fresh model's.
 
-    Reached: correlation 0.94, 0.89, 0.93 for the three stages; a fresh model's is below 0.06 in size.
+    Reached: correlation 0.94, 0.89, 0.93 for the three stages; a fresh model's is below 0.05 in size.
     """
     weights = golden_weights()
     x = torch.from_numpy(image(11, (1, 3, 224, 224)))
@@ -97,7 +97,7 @@ def test_vil_ls_from_vil():
     """vil_ls_small from plain ViL-small: projections joined, window offsets in common, features like the source's.
 
     The source is a reading of the released layers (`reference_vil`), with weights filled by name. Reached: correlation
-    0.98, 0.94, 0.89, 0.86 for the four stages; a fresh model's is below 0.06 in size.
+    0.99 for each of the four stages; a fresh model's is below 0.05 in size.
     """
     weights = vil_weights()
     x = torch.from_numpy(image(5, (1, 3, 224, 224)))
@@ -112,7 +112,7 @@ def test_vil_ls_from_vil():
     warm = correlations(features(model, x), expected)
     print(report)
     print('random', np.round(random, 3), 'warm', np.round(warm, 3))
-    assert min(warm) > .8
+    assert min(warm) > .95
     assert np.abs(random).max() < .1
 
     assert set(report.taken) | set(report.adapted) | set(report.fresh) == set(before)
