@@ -4,8 +4,9 @@ from typing import Any, Dict, Union
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file
 
-__all__ = ['check_state_dict', 'load_checkpoint', 'unwrap_state_dict']
+__all__ = ['check_state_dict', 'load_checkpoint', 'read_checkpoint', 'unwrap_state_dict']
 
 
 def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
@@ -62,26 +63,33 @@ def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, most
             '\nCreate the model that the checkpoint was made for (same name, num_classes, in_chans and options).')
 
 
-def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
-    """Load a checkpoint file into one of our models: the authors' `.pth`, our own, or safetensors.
+def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+    """Read a checkpoint file, safetensors or PyTorch's own format, into memory.
 
-    A pickle is read with `weights_only`: it cannot run code.
+    A pickle is read with `weights_only` and no additions to what PyTorch allows: it cannot run code.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
+        RuntimeError: The file is damaged or holds something else than weights.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'No checkpoint file at {path}.')
     try:
         if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
-            checkpoint = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # each format fails in its own ways on a damaged file
         raise RuntimeError(
             f'Could not read {path} ({path.stat().st_size} bytes) as a checkpoint: expected a complete .safetensors'
             f' or .pth file of weights. Download it again if it was cut short. Cause: {error}') from error
-    model.load_state_dict(checkpoint)
+
+
+def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
+    """Load a checkpoint file into one of our models: the authors' `.pth`, our own, or safetensors.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
+    """
+    model.load_state_dict(read_checkpoint(path))
