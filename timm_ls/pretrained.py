@@ -17,7 +17,7 @@ import logging
 import os
 import warnings
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 from urllib.parse import urlsplit
@@ -45,7 +45,7 @@ PACKAGE_DIR = Path(__file__).parent
 SHIPPED_DIR = PACKAGE_DIR / 'shipped_weights'
 
 
-@lru_cache(maxsize=None)
+@cache
 def catalogue() -> Dict[str, Dict[str, Any]]:
     """What is known of every published weight, by `architecture.tag`; `weights/README.md` explains the fields."""
     return json.loads((PACKAGE_DIR / 'catalogue.json').read_text(encoding='utf-8'))

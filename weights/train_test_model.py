@@ -54,7 +54,7 @@ def accuracy(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
     """Percentage of images that the model tells right."""
     model.eval()
     right = sum((model(images).argmax(dim=1) == target).sum().item()
-                for images, target in zip(x.split(64), labels.split(64)))
+                for images, target in zip(x.split(64), labels.split(64), strict=True))
     return 100 * right / len(labels)
 
 
