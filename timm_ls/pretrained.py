@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, create_model, resolve_pretrained_cfg
 
-from .checkpoint import check_state_dict, read_checkpoint
+from .checkpoint import check_state_dict, read_checkpoint, unwrap_state_dict
 
 __all__ = ['build_model', 'catalogue', 'convert_checkpoint', 'published_sources', 'structure_digest']
 
@@ -140,7 +140,7 @@ def find_weights(
         sources, entry = {named[0]: sources[named[0]]}, {}
     if 'file' in named:
         if not cfg.get('custom_load'):
-            read_checkpoint(sources['file'])  # raises a readable error, which timm does not
+            unwrap_state_dict(read_checkpoint(sources['file']))  # raises a readable error, which timm does not
         return None
 
     attempts: List[Tuple[str, Callable[[], Path]]] = []
@@ -384,9 +384,11 @@ def filter_and_check(filter_fn: FilterFn, state_dict: Dict[str, Any], model: nn.
     comparable = {name: value for name, value in weights.items() if not name.startswith(classifiers)}
     comparable.update((name, value) for name, value in own.items() if name.startswith(classifiers))
     for name in as_tuple(cfg.get('first_conv')):
-        weight = f'{name}.weight'  # timm adapts it to other channels
-        if weight in own and weight in weights and own[weight][:, :1].shape == weights[weight][:, :1].shape:
-            comparable[weight] = own[weight]
+        weight = f'{name}.weight'
+        if weight in own and weight in weights:
+            shape, given = own[weight].shape, weights[weight].shape
+            if shape[:1] + shape[2:] == given[:1] + given[2:]:  # timm adapts it to other channels
+                comparable[weight] = own[weight]
     check_state_dict(comparable, model)
 
     broken = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
