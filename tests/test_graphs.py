@@ -101,7 +101,7 @@ def test_compile_dynamic(attn_types, train):
         out, expected = compiled(x), model(x)
         torch.testing.assert_close(out, expected, atol=ATOL, rtol=1e-4)
         grads = torch.autograd.grad(out.square().sum(), parameters)
-        for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters)):
+        for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
             torch.testing.assert_close(grad, wanted, atol=1e-4 * (1 + wanted.abs().max().item()), rtol=1e-3)
     assert counter.frame_count <= 2
 

@@ -9,7 +9,7 @@
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
