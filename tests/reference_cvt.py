@@ -13,8 +13,8 @@ def depthwise(x, weight, stride):
     B, height, width, C = x.shape
     canvas = x.new_zeros(B, height + 2, width + 2, C)
     canvas[:, 1:-1, 1:-1] = x
-    return sum(
-        canvas[:, dy:dy + height:stride, dx:dx + width:stride] * weight[:, dy, dx] for dy in range(3) for dx in range(3))
+    taps = [(dy, dx) for dy in range(3) for dx in range(3)]
+    return sum(canvas[:, dy:dy + height:stride, dx:dx + width:stride] * weight[:, dy, dx] for dy, dx in taps)
 
 
 def batch_norm(x, params, name, channels, training, eps=1e-5):
@@ -25,7 +25,8 @@ def batch_norm(x, params, name, channels, training, eps=1e-5):
         variance = ((x - mean) ** 2).sum(dim=(0, 1, 2)) / count
     else:
         mean, variance = params[f'{name}.running_mean'][channels], params[f'{name}.running_var'][channels]
-    return (x - mean) / torch.sqrt(variance + eps) * params[f'{name}.weight'][channels] + params[f'{name}.bias'][channels]
+    scale, shift = params[f'{name}.weight'][channels], params[f'{name}.bias'][channels]
+    return (x - mean) / torch.sqrt(variance + eps) * scale + shift
 
 
 def linear(x, params, name):
@@ -44,8 +45,10 @@ def projections(params, x, kv_stride, training):
     result = []
     for index, part in enumerate('qkv'):
         name, position, parts = 'conv_qkv.depthwise', index, 3
-        if kv_stride > 1:
-            name, position, parts = ('conv_qkv.depthwise', 0, 1) if part == 'q' else ('conv_qkv.depthwise_kv', index - 1, 2)
+        if kv_stride > 1 and part == 'q':
+            position, parts = 0, 1
+        elif kv_stride > 1:
+            name, position, parts = 'conv_qkv.depthwise_kv', index - 1, 2
         channels = slice(position, None, parts)
         maps = depthwise(x, params[f'{name}.conv.weight'][channels, 0], 1 if part == 'q' else kv_stride)
         maps = batch_norm(maps, params, f'{name}.norm', channels, training)

@@ -2,7 +2,7 @@
 
 Zhu et al., "Long-Short Transformer: Efficient Transformers for Language and Vision", NeurIPS 2021, arXiv 2107.02192.
 """
-from typing import Final, List, Optional, Tuple
+from typing import Final, Optional, Tuple
 
 import torch
 import torch.fx

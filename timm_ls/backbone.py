@@ -14,7 +14,7 @@ from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
 from .window import ceil_div, is_tracing_shapes
 
-__all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'pad_to_multiple']
+__all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'feature_config', 'pad_to_multiple']
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
@@ -459,3 +459,11 @@ def check_stages(num_stages: int, **per_stage: Tuple[Any, ...]) -> None:
     for name, value in per_stage.items():
         if len(value) != num_stages:
             raise ValueError(f'{name}={tuple(value)} has {len(value)} entries, but embed_dims has {num_stages} stages.')
+
+
+def feature_config(embed_dims: Tuple[int, ...], num_global_tokens: Tuple[int, ...] = (0,), **_: Any) -> Dict[str, Any]:
+    """How timm is to extract features from a model of these arguments, `feature_cfg` of its builder."""
+    levels = tuple(range(len(embed_dims)))
+    if num_global_tokens[-1] > 0:  # the last stage gives a sequence of tokens, not a map
+        return dict(out_indices=levels, feature_cls='getter')
+    return dict(out_indices=levels, flatten_sequential=True)

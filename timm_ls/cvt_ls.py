@@ -15,12 +15,13 @@ import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, reparameterize_model
+from timm.models import generate_default_cfgs, register_model, reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import Block, PyramidTransformer, Stage, check_stages, grid_size, pad_to_multiple
+from .backbone import Block, PyramidTransformer, Stage, check_stages, feature_config, grid_size, pad_to_multiple
 from .checkpoint import unwrap_state_dict
+from .pretrained import build_model, published_sources
 from .rel_pos import resize_bias_table
 
 __all__ = ['CvtLs', 'fuse_conv_bn']
@@ -590,15 +591,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 
 def _create_cvt_ls(variant: str, pretrained: bool = False, **kwargs: Any) -> CvtLs:
-    feature_cfg = dict(out_indices=tuple(range(len(kwargs['embed_dims']))), flatten_sequential=True)
-    if kwargs.get('num_global_tokens', (0,))[-1] > 0:  # the last stage gives a sequence of tokens, not a map
-        feature_cfg = dict(out_indices=feature_cfg['out_indices'], feature_cls='getter')
-    return build_model_with_cfg(
+    return build_model(
         CvtLs,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
+        feature_cfg=feature_config(**kwargs),
         **kwargs,
     )
 
@@ -626,12 +624,21 @@ default_cfgs = generate_default_cfgs({
     'cvt_ls_17': _cfg(),
     'cvt_ls_21': _cfg(),
     'cvt_ls_21s': _cfg(),
+    'test_cvt_ls.digits': _cfg(
+        num_classes=10,
+        input_size=(3, 96, 96),
+        pool_size=(6, 6),
+        crop_pct=1.0,
+        license='mit',
+        **published_sources('test_cvt_ls.digits'),
+    ),
 })
 
 CVT_13 = dict(embed_dims=(64, 192, 384), depths=(1, 2, 10), num_heads=(1, 3, 6))
 CVT_21 = dict(embed_dims=(64, 192, 384), depths=(1, 4, 16), num_heads=(1, 3, 6))
 WIDE_17 = dict(embed_dims=(128, 256, 384), depths=(3, 4, 10), num_heads=(2, 4, 6))
 WIDE_21S = dict(embed_dims=(128, 256, 384), depths=(3, 4, 14), num_heads=(2, 4, 6))
+TEST = dict(embed_dims=(32, 64, 128), depths=(1, 1, 2), num_heads=(1, 2, 4), img_size=96)
 
 # Arguments that make `cvt_ls_13` and `cvt_ls_21` the CvT-13 and CvT-21 that Microsoft released
 PLAIN_CVT = dict(
@@ -666,3 +673,9 @@ def cvt_ls_21(pretrained: bool = False, **kwargs: Any) -> CvtLs:
 def cvt_ls_21s(pretrained: bool = False, **kwargs: Any) -> CvtLs:
     """CvT-LS-21S, reconstructed: the paper gives its parameters and cost only, which these stages come close to."""
     return _create_cvt_ls('cvt_ls_21s', pretrained, **dict(WIDE_21S, **kwargs))
+
+
+@register_model
+def test_cvt_ls(pretrained: bool = False, **kwargs: Any) -> CvtLs:
+    """A CvT-LS small enough for tests and examples, for 96 pixels; its weights tell handwritten digits apart."""
+    return _create_cvt_ls('test_cvt_ls', pretrained, **dict(TEST, **kwargs))

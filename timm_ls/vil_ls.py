@@ -13,11 +13,12 @@ import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 
 from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import Block, PyramidTransformer, Stage, check_stages, grid_size, pad_to_multiple
+from .backbone import Block, PyramidTransformer, Stage, check_stages, feature_config, grid_size, pad_to_multiple
 from .checkpoint import unwrap_state_dict
+from .pretrained import build_model, published_sources
 from .rel_pos import expand_aliased_table, resize_bias_table
 
 __all__ = ['VilLs']
@@ -263,15 +264,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
 
 def _create_vil_ls(variant: str, pretrained: bool = False, **kwargs: Any) -> VilLs:
-    feature_cfg = dict(out_indices=tuple(range(len(kwargs['embed_dims']))), flatten_sequential=True)
-    if kwargs.get('num_global_tokens', (0,))[-1] > 0:  # the last stage gives a sequence of tokens, not a map
-        feature_cfg = dict(out_indices=feature_cfg['out_indices'], feature_cls='getter')
-    return build_model_with_cfg(
+    return build_model(
         VilLs,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
+        feature_cfg=feature_config(**kwargs),
         **kwargs,
     )
 
@@ -299,19 +297,29 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 default_cfgs = generate_default_cfgs({
     'vil_ls_tiny': _cfg(),
     'vil_ls_small': _cfg(),
-    'vil_ls_medium.ls_in1k': _cfg(),
-    'vil_ls_base.ls_in1k': _cfg(),
-    'vil_ls_medium_384.ls_in1k': _cfg(input_size=(3, 384, 384), pool_size=(12, 12)),
+    'vil_ls_medium.ls_in1k': _cfg(**published_sources('vil_ls_medium.ls_in1k')),
+    'vil_ls_base.ls_in1k': _cfg(**published_sources('vil_ls_base.ls_in1k')),
+    'vil_ls_medium_384.ls_in1k': _cfg(
+        input_size=(3, 384, 384), pool_size=(12, 12), **published_sources('vil_ls_medium_384.ls_in1k')),
     'vil_ls_tiny_hires': _cfg(),
     'vil_ls_small_hires': _cfg(),
     'vil_ls_medium_hires': _cfg(),
     'vil_ls_base_hires': _cfg(),
+    'test_vil_ls.digits': _cfg(
+        num_classes=10,
+        input_size=(3, 96, 96),
+        pool_size=(3, 3),
+        crop_pct=1.0,
+        origin_url=None,
+        **published_sources('test_vil_ls.digits'),
+    ),
 })
 
 TINY = dict(embed_dims=(48, 96, 192, 384), depths=(1, 1, 9, 1), num_heads=(1, 3, 3, 6))
 SMALL = dict(embed_dims=(96, 192, 384, 768), depths=(1, 2, 8, 1), num_heads=(3, 3, 6, 12))
 MEDIUM = dict(embed_dims=(96, 192, 384, 768), depths=(1, 4, 16, 1), num_heads=(3, 3, 6, 12))
 BASE = dict(embed_dims=(96, 192, 384, 768), depths=(1, 8, 24, 1), num_heads=(3, 3, 6, 12))
+TEST = dict(embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), img_size=96)
 HIRES = dict(attn_types=('ls', 'ls', 'ls', 'ls'))  # linear in the number of pixels throughout
 
 
@@ -372,3 +380,9 @@ def vil_ls_base_hires(pretrained: bool = False, **kwargs: Any) -> VilLs:
     """ViL-LS-Base with long-short attention in all stages."""
     model_args = dict(BASE, **HIRES)
     return _create_vil_ls('vil_ls_base_hires', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def test_vil_ls(pretrained: bool = False, **kwargs: Any) -> VilLs:
+    """A ViL-LS small enough for tests and examples, for 96 pixels; its weights tell handwritten digits apart."""
+    return _create_vil_ls('test_vil_ls', pretrained, **dict(TEST, **kwargs))

@@ -98,6 +98,8 @@ def warm_start(
         TypeError: The model is of another family.
         RuntimeError: The checkpoint is of another family or size; the message names the first differences.
     """
+    if not isinstance(model, (CvtLs, VilLs)):
+        raise TypeError(f'Expected a CvtLs or VilLs model, got {type(model).__name__}.')
     state_dict = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     given = unwrap_state_dict(state_dict)
     adapted: Dict[str, str] = {}
@@ -105,11 +107,9 @@ def warm_start(
         source, rename = 'CvT', rename_cvt
         weights = convert_cvt(given, model)
         _rescale_queries(weights, model, adapted)
-    elif isinstance(model, VilLs):
+    else:
         source, rename = 'ViL', rename_released
         weights = convert_vil(_join_vil(given, model, adapted), model)
-    else:
-        raise TypeError(f'Expected a CvtLs or VilLs model, got {type(model).__name__}.')
 
     expected = model.state_dict()
     used, unused = {}, set()

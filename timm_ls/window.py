@@ -137,11 +137,13 @@ def window_index(
     rows, cols, side = ceil_div(height, window_size), ceil_div(width, window_size), window_size + 2 * halo
     position = torch.arange(batch * rows * cols * side * side, device=device)
     window = position // (side * side)
-    y = window // cols % rows * window_size + position // side % side - halo
-    x = window % cols * window_size + position % side - halo
+    line = window // cols  # of windows, through all maps
+    image = line // rows
+    y = (line - image * rows) * window_size + position // side % side - halo
+    x = (window - line * cols) * window_size + position % side - halo
     valid = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    return (window // (rows * cols) * height + y) * width + x, valid
+    return (image * height + y) * width + x, valid
 
 
 def token_index(batch: int, height: int, width: int, window_size: int, device: torch.device) -> torch.Tensor:
@@ -152,6 +154,8 @@ def token_index(batch: int, height: int, width: int, window_size: int, device: t
     """
     rows, cols = ceil_div(height, window_size), ceil_div(width, window_size)
     position = torch.arange(batch * height * width, device=device)
-    y, x = position // width % height, position % width
-    window = (position // (height * width) * rows + y // window_size) * cols + x // window_size
+    line = position // width  # of tokens, through all maps
+    image = line // height
+    y, x = line - image * height, position - line * width
+    window = (image * rows + y // window_size) * cols + x // window_size
     return (window * window_size + y % window_size) * window_size + x % window_size

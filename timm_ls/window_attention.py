@@ -9,7 +9,7 @@
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Iterator, List, NamedTuple, Optional, Tuple
+from typing import Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -152,7 +152,8 @@ def _masked(
     index, valid = window_index(B, H, W, window_size, halo_width(window_size), q.device)
     kv_win = kv.reshape(-1, 2 * C).index_select(0, index).masked_fill(~valid[:, None], 0.).reshape(-1, K, 2 * C)
     N = kv_win.shape[0]
-    extra = extra_kv.flatten(2).index_select(0, torch.arange(N, device=q.device) * B // N)  # each image's, to its windows
+    image = torch.arange(N, device=q.device) * B // N
+    extra = extra_kv.flatten(2).index_select(0, image)
     kv_win = torch.cat([extra, kv_win], dim=1).reshape(N, E + K, 2, num_heads, d).permute(2, 0, 3, 1, 4)
 
     mask = torch.zeros(N, 1, 1, K, device=q.device, dtype=q.dtype)
@@ -163,8 +164,9 @@ def _masked(
     mask = F.pad(mask, (E, 0))
 
     out = attend(q_win, kv_win[0], kv_win[1], mask, dropout_p, fused)
+    out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # in graphs, its layout may change later
     index = token_index(B, H, W, window_size, q.device)
-    return out.transpose(1, 2).reshape(-1, C).index_select(0, index).reshape(B, H, W, C)
+    return out.reshape(-1, C).index_select(0, index).reshape(B, H, W, C)
 
 
 class _Tile(NamedTuple):

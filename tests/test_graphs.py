@@ -1,0 +1,171 @@
+"""Captured graphs: TorchScript, FX, compile, export and ONNX give the values of eager mode at many image sizes."""
+import pytest
+import timm
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim
+from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+
+import timm_ls
+
+ATOL = 2e-5  # float32 logits of order 1: a graph may only round differently
+SIZES = [(64, 96), (100, 130), (224, 224), (37, 200), (512, 320)]
+TINY = dict(depths=(1, 1, 1, 1), embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), num_classes=7)
+# two stages of the same total stride: symbolic sizes are nested less deeply, and graphs are captured sooner
+SHORT = dict(
+    depths=(1, 1), embed_dims=(32, 64), num_heads=(1, 2), patch_sizes=(4, 8), num_global_tokens=(1, 0), num_classes=7)
+TOKEN = dict(num_global_tokens=(1, 1, 1, 1), global_pool='token')
+MODELS = [('vil_ls_tiny', TINY), ('vil_ls_tiny_hires', TINY), ('vil_ls_tiny_hires', dict(TINY, **TOKEN))]
+ATTENTION = [('ls', 'ls'), ('ls', 'full')]
+
+
+def create(name='vil_ls_tiny', **kwargs):
+    """A model in eval mode whose biases and norms are not at their trivial initial values."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def images(height, width, batch=2):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height * width))
+
+
+def assert_same(graph, model, sizes=SIZES, batch=2):
+    with torch.no_grad():
+        for size in sizes:
+            x = images(*size, batch=batch)
+            torch.testing.assert_close(graph(x), model(x), atol=ATOL, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name, kwargs', MODELS)
+def test_script(name, kwargs):
+    model = create(name, **kwargs)
+    script = torch.jit.script(model)
+    assert_same(script, model)
+    with pytest.raises(torch.jit.Error, match='at least 32 x 32'):
+        script(images(31, 64))
+    with pytest.raises(torch.jit.Error, match='shape'):
+        script(torch.zeros(1, 4, 64, 64))
+
+
+@pytest.mark.parametrize('name', ['vil_ls_tiny', 'vil_ls_small'])
+def test_script_features(name):
+    model = create(name, **TINY, features_only=True)
+    assert_same(torch.jit.script(model), model, SIZES[:2])
+
+
+def test_script_released_configuration():
+    model = timm.create_model('vil_ls_tiny_hires').eval()
+    assert_same(torch.jit.script(model), model, [(100, 130), (37, 200)], batch=1)
+
+
+@pytest.mark.parametrize('name, kwargs', MODELS)
+def test_jit_trace(name, kwargs):
+    model = create(name, **kwargs)
+    assert_same(torch.jit.trace(model, images(100, 130)), model, [(100, 130)])
+
+
+@pytest.mark.parametrize('name, kwargs', MODELS)
+def test_symbolic_trace(name, kwargs):
+    model = create(name, **kwargs)
+    assert_same(torch.fx.symbolic_trace(model), model)
+
+
+@pytest.mark.parametrize('name, kwargs', MODELS)
+def test_timm_feature_extractor(name, kwargs):
+    model = create(name, **kwargs)
+    extractor = timm.models.create_feature_extractor(model, {'head': 'logits'})
+    assert_same(lambda x: extractor(x)['logits'], model)
+    script = torch.jit.script(extractor.eval())
+    assert_same(lambda x: script(x)['logits'], model, SIZES[:2])
+    extractor.train()(images(64, 96))['logits'].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('attn_types', ATTENTION)
+@pytest.mark.parametrize('train', [False, True])
+def test_compile_dynamic(attn_types, train):
+    model = create(**SHORT, attn_types=attn_types).train(train)
+    counter = CompileCounterWithBackend('aot_eager')
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    parameters = list(model.parameters())
+    for size in SIZES[:4] + [(320, 256)]:
+        x = images(*size)
+        if not train:
+            assert_same(compiled, model, [size])
+            continue
+        out, expected = compiled(x), model(x)
+        torch.testing.assert_close(out, expected, atol=ATOL, rtol=1e-4)
+        grads = torch.autograd.grad(out.square().sum(), parameters)
+        for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+            torch.testing.assert_close(grad, wanted, atol=1e-4 * (1 + wanted.abs().max().item()), rtol=1e-3)
+    assert counter.frame_count <= 2
+
+
+def dims(min_size):
+    """Dynamic batch, height and width. Under `Dim`, torch fixes sizes that may be one: no 32 pixels at stride 32."""
+    return ({0: Dim('batch'), 2: Dim('height', min=min_size, max=2048), 3: Dim('width', min=min_size, max=2048)},)
+
+
+@pytest.mark.parametrize('attn_types', ATTENTION)
+@pytest.mark.parametrize('strict', [True, False])
+def test_export_dim(attn_types, strict):
+    model = create(**SHORT, attn_types=attn_types)
+    program = torch.export.export(model, (images(256, 480),), dynamic_shapes=dims(33), strict=strict).module()
+    assert_same(program, model)
+    assert_same(program, model, SIZES[:1], batch=1)
+
+
+@pytest.mark.parametrize('attn_types', ATTENTION)
+def test_export_shapes_spec_from_the_smallest_image(attn_types):
+    model = create(**SHORT, attn_types=attn_types)
+    height, width = ShapeVar('height', min=32, max=2048), ShapeVar('width', min=32, max=2048)
+    shapes = ShapesSpec(params=ParamsSpec({'x': TensorSpec([ShapeVar('batch', min=1, max=64), 3, height, width])}))
+    program = torch.export.export(model, (images(256, 480),), dynamic_shapes=shapes, strict=True).module()
+    assert_same(program, model, SIZES + [(32, 32), (32, 500)])
+    assert_same(program, model, [(32, 32), (64, 96)], batch=1)
+
+
+@pytest.mark.parametrize('attn_types', ATTENTION)
+def test_onnx(attn_types, tmp_path):
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    model = create(**SHORT, attn_types=attn_types)
+    program = torch.onnx.export(model, (images(96, 160),), dynamo=True, dynamic_shapes=dims(33), verbose=False)
+    program.save(tmp_path / 'model.onnx')
+    session = runtime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+    for size, batch in (((64, 96), 1), ((100, 130), 2), ((37, 300), 3)):
+        x = images(*size, batch=batch)
+        out = torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+        torch.testing.assert_close(out, model(x).detach(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('name', ['vil_ls_tiny', 'vil_ls_tiny_hires'])
+def test_meta(name):
+    model = timm.create_model(name, device='meta', **TINY)
+    with torch.device('meta'):
+        again = timm.create_model(name, **TINY)
+    for built in (model, again):
+        assert {tensor.device.type for tensor in built.state_dict().values()} == {'meta'}
+        assert built(torch.zeros(2, 3, 100, 130, device='meta')).shape == (2, 7)
+
+
+@pytest.mark.parametrize('implementation', ['tiled', 'masked'])
+@pytest.mark.parametrize('name', ['vil_ls_tiny', 'vil_ls_tiny_hires'])
+def test_bfloat16(name, implementation):
+    reference, converted = create(name, **TINY), create(name, **TINY).to(torch.bfloat16)
+    built = timm.create_model(name, dtype=torch.bfloat16, **TINY)
+    assert {parameter.dtype for parameter in built.parameters()} == {torch.bfloat16}
+    x = images(100, 130)
+    with timm_ls.attention_implementation(implementation):
+        for model in (built, converted):
+            out = model(x.to(torch.bfloat16))
+            out.float().square().sum().backward()
+            assert out.dtype == torch.bfloat16
+            assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        torch.testing.assert_close(out.float(), reference(x), atol=0.1, rtol=0.1)
