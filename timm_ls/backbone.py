@@ -16,6 +16,9 @@ from .window import ceil_div, is_tracing_shapes
 
 __all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'feature_config', 'pad_to_multiple']
 
+# Bytes of a map that an MLP takes at a time where no gradient is needed; its hidden layer is several times as large
+PIECE_BYTES = 2 * 2 ** 20
+
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
 
@@ -42,6 +45,37 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     if is_tracing_shapes() or bottom > 0 or right > 0:
         x = F.pad(x, (0, right, 0, bottom))
     return x
+
+
+def keeps_activations(x: torch.Tensor) -> bool:
+    """Whether what is computed from `x` stays: for a gradient, or as a graph that is being captured."""
+    return torch.is_grad_enabled() or is_tracing_shapes() or isinstance(x, torch.fx.Proxy)
+
+
+def apply_by_pieces(layers: Tuple[nn.Module, ...], x: torch.Tensor) -> torch.Tensor:
+    """Apply layers that treat tokens one by one to a map [B, H, W, C], a piece of about `PIECE_BYTES` at a time.
+
+    What they allocate on the way is as large as a piece then, and stays in cache. Where activations are kept there is
+    nothing to gain, and they see the whole map.
+    """
+    def apply(tokens: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            tokens = layer(tokens)
+        return tokens
+
+    if keeps_activations(x):
+        return apply(x)
+    tokens = x.flatten(0, 2)
+    pieces = ceil_div(tokens.shape[0] * x.shape[-1] * x.element_size(), PIECE_BYTES)
+    if pieces == 1:
+        return apply(x)
+    size = ceil_div(tokens.shape[0], pieces)
+    first = apply(tokens[:size])  # knows the dtype
+    out = first.new_empty(tokens.shape[0], first.shape[-1])
+    out[:size] = first
+    for start in range(size, tokens.shape[0], size):
+        out[start:start + size] = apply(tokens[start:start + size])
+    return out.reshape(x.shape[:-1] + out.shape[-1:])
 
 
 class Block(nn.Module):
@@ -88,7 +122,14 @@ class Block(nn.Module):
         dx, d_tokens = self.attn(self.norm1(x), norm_tokens)
         x, global_tokens = self.add(x, dx, global_tokens, d_tokens)
         d_tokens = self.mlp(self.norm2(global_tokens)) if global_tokens is not None else None
-        return self.add(x, self.mlp(self.norm2(x)), global_tokens, d_tokens)
+        return self.add(x, self.mlp_branch(x), global_tokens, d_tokens)
+
+    def mlp_branch(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP of a map, a piece at a time where no gradient is needed."""
+        if torch.jit.is_scripting():
+            return self.mlp(self.norm2(x))
+        else:
+            return apply_by_pieces((self.norm2, self.mlp), x)
 
     def add(
             self,

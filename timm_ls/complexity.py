@@ -23,12 +23,13 @@ def count_macs(model: nn.Module, img_size: Union[int, Tuple[int, int]] = 224) ->
     count for nothing, as they are never attended.
 
     Args:
-        model: A model with `in_chans` that takes images [B, in_chans, H, W].
+        model: Takes images [B, in_chans, H, W]; 3 channels if it does not say.
         img_size: Side, or height and width, in pixels.
     """
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     model = copy.deepcopy(model).to('meta').eval()
-    image = torch.zeros(1, model.in_chans, height, width, device='meta', dtype=next(model.parameters()).dtype)
+    image = torch.zeros(
+        1, getattr(model, 'in_chans', 3), height, width, device='meta', dtype=next(model.parameters()).dtype)
     counter = FlopCounterMode(display=False)
     with attention_implementation('tiled'), counter:
         model(image)
