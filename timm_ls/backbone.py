@@ -67,7 +67,7 @@ def apply_by_pieces(layers: Tuple[nn.Module, ...], x: torch.Tensor) -> torch.Ten
         return apply(x)
     tokens = x.flatten(0, 2)
     pieces = ceil_div(tokens.shape[0] * x.shape[-1] * x.element_size(), PIECE_BYTES)
-    if pieces == 1:
+    if pieces <= 1:
         return apply(x)
     size = ceil_div(tokens.shape[0], pieces)
     first = apply(tokens[:size])  # knows the dtype
