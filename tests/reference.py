@@ -50,7 +50,8 @@ def long_short_attention(params, x, tokens, num_heads, window, rank, global_upda
     if rank:
         scores = _linear(x.reshape(-1, dim), params, 'dynamic_projection').reshape(-1, num_heads, rank)
         weights = _softmax(scores, 0)
-        rows = [[(weights[:, :, index, None] * part[g:]).sum(0).reshape(dim) for index in range(rank)] for part in (k, v)]
+        rows = [
+            [(weights[:, :, index, None] * part[g:]).sum(0).reshape(dim) for index in range(rank)] for part in (k, v)]
         landmark_k, landmark_v = (
             _layer_norm(torch.stack(row), params, 'norm_landmarks').reshape(rank, num_heads, d) for row in rows)
 

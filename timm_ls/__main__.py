@@ -75,7 +75,8 @@ def show_pyramid(argv: Sequence[str]) -> None:
     parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
     parser.add_argument('--checkpoint', metavar='FILE', help="weights: the authors' .pth, our own, or safetensors")
     parser.add_argument('--pretrained', action='store_true', help='load the published weights of the model')
-    parser.add_argument('--out', default='pyramid.png', metavar='PICTURE', help='picture to write (default: %(default)s)')
+    parser.add_argument(
+        '--out', default='pyramid.png', metavar='PICTURE', help='picture to write (default: %(default)s)')
     args = parser.parse_args(argv)
     if args.model not in timm.list_models():
         parser.error(f'unknown model {args.model!r}; ours: {", ".join(timm_ls_models())}')

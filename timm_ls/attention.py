@@ -24,7 +24,8 @@ torch.fx.wrap('window_attention')
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise a ValueError unless `dim` channels split evenly over `num_heads` heads."""
     if num_heads < 1 or dim % num_heads != 0:
-        raise ValueError(f'dim={dim} is not divisible by num_heads={num_heads}: every head needs dim / num_heads channels.')
+        raise ValueError(
+            f'dim={dim} is not divisible by num_heads={num_heads}: every head needs dim / num_heads channels.')
 
 
 @torch.fx.wrap

@@ -271,7 +271,7 @@ class _TiledAttention(torch.autograd.Function):
         grad_kv = torch.zeros(B, H, W, 2 * C, dtype=kv.dtype, device=kv.device)
         # summed over all windows: in float32 also for half-precision inputs
         grad_extra = torch.zeros(B, E, 2 * C, dtype=torch.promote_types(kv.dtype, torch.float32), device=kv.device)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32))
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_extra.dtype)
 
         def heads_first(x, num_parts=1):  # [windows, L, parts * C] -> [parts, windows * heads, L, d]
             x = x.unflatten(2, (num_parts, num_heads, d)).permute(2, 0, 3, 1, 4)
