@@ -5,6 +5,7 @@ A test is skipped only where its library is not installed: `pip install 'timm-ls
 import copy
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,11 +269,13 @@ def test_torchao():
 
 
 @pytest.fixture
-def timm_scripts():
-    """The folder of timm's scripts: a clone of its repository, since its distributions do not hold them."""
+def timm_scripts(tmp_path):
+    """The folder of timm's scripts, of a clone of its repository: its distributions do not hold them."""
     if 'TIMM_SCRIPTS' not in os.environ:
         pytest.skip("timm's distributions do not hold its scripts: set TIMM_SCRIPTS to a clone of its repository")
-    return Path(os.environ['TIMM_SCRIPTS'])
+    for name in ('train.py', 'validate.py', 'benchmark.py'):  # apart from the clone's own timm
+        shutil.copy(Path(os.environ['TIMM_SCRIPTS']) / name, tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize('script', ['train.py', 'validate.py', 'benchmark.py', 'train.py --device-modules'])
@@ -294,17 +297,19 @@ def test_timm_scripts(tmp_path, timm_scripts, script):
                    '--output', str(tmp_path / 'out')]
         expect = 'Best metric'
     elif name == 'validate.py':
-        command = ['--data-dir', str(tmp_path / 'validation'), *size, *device, '--batch-size', '4', '--workers', '0']
+        command = ['--data-dir', str(tmp_path / 'validation'), *size, *device, '--batch-size', '4', '--workers', '0',
+                   '--checkpoint', str(tmp_path / 'weights.pth')]
+        torch.save(create(NAME, depths=(1, 1, 1, 1), num_classes=2).state_dict(), tmp_path / 'weights.pth')
         expect = '"top1"'
     else:
-        command = [*size, *device, '--batch-size', '2', '--num-warm-iter', '1', '--num-bench-iter', '2',
+        command = [*size, *device, '--batch-size', '2', '--num-warm-iter', '1', '--num-bench-iter', '5',
                    '--bench', 'train']
         expect = '"train_samples_per_sec"'
     prefix = [] if option else ['-m', 'timm_ls', 'run']
     modules = [option, 'timm_ls'] if option else []
     result = subprocess.run(
         [sys.executable, *prefix, str(timm_scripts / name), *modules, *command, *model],
-        capture_output=True, text=True, cwd=ROOT)
+        capture_output=True, text=True, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert result.returncode == 0, result.stderr[-3000:]
     assert expect in result.stdout + result.stderr
     if name == 'train.py':
