@@ -64,7 +64,8 @@ def test_attributes(name):
     model = timm.create_model(name, device='meta')
     cfg = model.pretrained_cfg
     assert cfg['architecture'] == name and cfg['paper_ids'] and cfg['paper_name']
-    assert (model.in_chans, model.num_classes, model.global_pool) == (3, 1000, 'avg')
+    assert (model.in_chans, model.num_classes) == (cfg['input_size'][0], cfg['num_classes'])
+    assert model.global_pool == 'avg'
     assert model.num_features == model.head_hidden_size == model.feature_info[-1]['num_chs']
     assert model.grad_checkpointing is False
     assert [info['reduction'] for info in model.feature_info] == [4, 8, 16, 32][:len(model.feature_info)]
@@ -261,6 +262,7 @@ def test_grad_checkpointing(name, features_only):
 @pytest.mark.parametrize('by', ['argument', 'context'])
 def test_meta_construction_and_initialisation(name, by):
     """Built without memory, then filled: statistics of a fresh model, whichever of the two methods fills."""
+    torch.manual_seed(0)
     fresh = create(name)
     for initialise in ('init_weights', 'reset_parameters'):
         if by == 'argument':
@@ -276,14 +278,16 @@ def test_meta_construction_and_initialisation(name, by):
         getattr(model, initialise)()
         for (key, value), expected in zip(model.state_dict().items(), fresh.state_dict().values()):
             value = value.float() if value.is_floating_point() else value
-            if expected.numel() == 1 or expected.float().std() == 0:
+            if expected.numel() > 1 and expected.float().std() == 0:
                 assert torch.equal(value, expected), key
+            elif expected.numel() < 32:  # too few draws for statistics; counters and biases
+                assert value.isfinite().all() and value.abs().max() < .2, key
             else:
                 # standard errors of mean and deviation of that many draws
                 error = 6 * expected.std() * expected.numel() ** -.5
                 assert (value.mean() - expected.mean()).abs() < 1.5 * error, key
                 assert (value.std() - expected.std()).abs() < 1.5 * error, key
-        model.float().eval()(image()).isfinite().all()
+        assert model.float().eval()(image()).isfinite().all()
     with torch.device('meta'):
         transplanted = create(name)
     transplanted.to_empty(device='cpu').load_state_dict(fresh.state_dict())
