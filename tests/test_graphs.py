@@ -86,7 +86,7 @@ def test_timm_feature_extractor(name, kwargs):
 
 
 @pytest.mark.parametrize('attn_types', ATTENTION)
-@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize('train', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile_dynamic(attn_types, train):
     model = create(**SHORT, attn_types=attn_types).train(train)
     counter = CompileCounterWithBackend('aot_eager')
