@@ -16,7 +16,7 @@ from .window import ceil_div, is_tracing_shapes
 
 __all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'feature_config', 'pad_to_multiple']
 
-# Bytes of a map that an MLP takes at a time where no gradient is needed; its hidden layer is several times as large
+# Bytes of a map that token-wise layers take at a time where no gradient is needed; what they allocate is as small then
 PIECE_BYTES = 2 * 2 ** 20
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
@@ -52,8 +52,8 @@ def keeps_activations(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() or is_tracing_shapes() or isinstance(x, torch.fx.Proxy)
 
 
-def apply_by_pieces(layers: Tuple[nn.Module, ...], x: torch.Tensor) -> torch.Tensor:
-    """Apply layers that treat tokens one by one to a map [B, H, W, C], a piece of about `PIECE_BYTES` at a time.
+def apply_by_pieces(layers: Tuple[Callable[[torch.Tensor], torch.Tensor], ...], x: torch.Tensor) -> torch.Tensor:
+    """Apply layers that treat tokens one by one to a map [B, H, W, ...], a piece of about `PIECE_BYTES` at a time.
 
     What they allocate on the way is as large as a piece then, and stays in cache. Where activations are kept there is
     nothing to gain, and they see the whole map.
@@ -66,7 +66,7 @@ def apply_by_pieces(layers: Tuple[nn.Module, ...], x: torch.Tensor) -> torch.Ten
     if keeps_activations(x):
         return apply(x)
     tokens = x.flatten(0, 2)
-    pieces = ceil_div(tokens.shape[0] * x.shape[-1] * x.element_size(), PIECE_BYTES)
+    pieces = ceil_div(tokens.numel() * x.element_size(), PIECE_BYTES)
     if pieces <= 1:
         return apply(x)
     size = ceil_div(tokens.shape[0], pieces)
@@ -75,7 +75,7 @@ def apply_by_pieces(layers: Tuple[nn.Module, ...], x: torch.Tensor) -> torch.Ten
     out[:size] = first
     for start in range(size, tokens.shape[0], size):
         out[start:start + size] = apply(tokens[start:start + size])
-    return out.reshape(x.shape[:-1] + out.shape[-1:])
+    return out.reshape(x.shape[:3] + out.shape[-1:])
 
 
 class Block(nn.Module):

@@ -19,7 +19,16 @@ from timm.models import generate_default_cfgs, register_model, reparameterize_mo
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import Block, PyramidTransformer, Stage, check_stages, feature_config, grid_size, pad_to_multiple
+from .backbone import (
+    Block,
+    PyramidTransformer,
+    Stage,
+    apply_by_pieces,
+    check_stages,
+    feature_config,
+    grid_size,
+    pad_to_multiple,
+)
 from .checkpoint import unwrap_state_dict
 from .pretrained import build_model, published_sources
 from .rel_pos import resize_bias_table
@@ -157,6 +166,18 @@ class ConvQkv(nn.Module):
             return self.project(maps[..., 0], kv[..., 0], kv[..., 1])
         return self.project(maps[..., 0], maps[..., 1], maps[..., 2])
 
+    def joined(self, x: torch.Tensor) -> torch.Tensor:
+        """From a map [B, H, W, C] to its queries, keys and values side by side, [B, H, W, 3 * C]; for stride 1."""
+        maps = self.depthwise(x)
+        if torch.jit.is_scripting():
+            return self.join(maps)
+        else:
+            return apply_by_pieces((self.join,), maps)
+
+    def join(self, maps: torch.Tensor) -> torch.Tensor:
+        """Apply the linear layers to the convolved maps [..., C, 3] and join the results, [..., 3 * C]."""
+        return torch.cat(self.project(maps[..., 0], maps[..., 1], maps[..., 2]), dim=-1)
+
     def project(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> List[torch.Tensor]:
         """The linear layers alone, over the last dimension; global tokens have no neighbours to convolve."""
         q = self.q(q)
@@ -224,7 +245,7 @@ class ConvLongShortAttention2d(LongShortAttention2d):
         if self.num_global_tokens > 0:
             assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
             global_qkv = torch.cat(self.conv_qkv.project(global_tokens, global_tokens, global_tokens), dim=-1)
-        x, global_tokens = self.attend(x, torch.cat(self.conv_qkv(x), dim=-1), global_qkv)
+        x, global_tokens = self.attend(x, self.conv_qkv.joined(x), global_qkv)
         x = self.proj_drop(self.proj(x))
         if global_tokens is not None:
             global_tokens = self.proj_drop(self.proj(global_tokens))
