@@ -200,7 +200,7 @@ def test_catalogue_describes_the_models():
 
 def test_lists_tell_the_truth():
     listed = set(timm.list_pretrained('*_ls*'))
-    assert listed == {name for name in catalogue() if name in listed} and set(RELEASED) | {NAME} <= listed
+    assert listed == {name for name in catalogue() if name in listed} and set(RELEASED) | {NAME, 'test_cvt_ls.digits'} <= listed
     assert not timm.models.is_model_pretrained('vil_ls_tiny')
     with pytest.raises(RuntimeError, match='No pretrained weights exist for vil_ls_tiny'):
         timm.create_model('vil_ls_tiny', pretrained=True)
@@ -232,20 +232,24 @@ def test_import_and_shipped_weights_need_no_network():
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=120)
 
 
-def test_shipped_weights():
-    assert same(timm.create_model(MODEL, pretrained=True), shipped())
-    path = pretrained.SHIPPED_DIR / f'{NAME}.safetensors'
-    assert path.stat().st_size < 4_000_000 and file_sha256(path) == catalogue()[NAME]['sha256']
-    assert catalogue()[NAME]['parameters'] < 1_000_000
+@pytest.mark.parametrize('model', ['test_vil_ls', 'test_cvt_ls'])
+def test_shipped_weights(model):
+    name = f'{model}.digits'
+    path = pretrained.SHIPPED_DIR / f'{name}.safetensors'
+    built, weights = timm.create_model(model, pretrained=True).state_dict(), load_file(path)
+    assert built.keys() == weights.keys() and all(torch.equal(built[key], weights[key]) for key in weights)
+    assert path.stat().st_size < 4_000_000 and file_sha256(path) == catalogue()[name]['sha256']
+    assert catalogue()[name]['parameters'] < 1_000_000
 
 
-def test_shipped_weights_tell_digits_apart():
+@pytest.mark.parametrize('model', ['test_vil_ls', 'test_cvt_ls'])
+def test_shipped_weights_tell_digits_apart(model):
     pytest.importorskip('sklearn')
     result = subprocess.run(
-        [sys.executable, str(ROOT / 'weights' / 'train_test_model.py'), '--model', MODEL, '--evaluate'],
+        [sys.executable, str(ROOT / 'weights' / 'train_test_model.py'), '--model', model, '--evaluate'],
         check=True, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)), timeout=170)
     result = json.loads(result.stdout)
-    measured = catalogue()[NAME]['measured']
+    measured = catalogue()[f'{model}.digits']['measured']
     assert result['held_out_images'] == measured['held_out_images']
     assert abs(result['held_out_top1'] - measured['top1']) < .3  # one image of 450
 
