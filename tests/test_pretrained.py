@@ -200,7 +200,8 @@ def test_catalogue_describes_the_models():
 
 def test_lists_tell_the_truth():
     listed = set(timm.list_pretrained('*_ls*'))
-    assert listed == {name for name in catalogue() if name in listed} and set(RELEASED) | {NAME, 'test_cvt_ls.digits'} <= listed
+    assert listed == {name for name in catalogue() if name in listed}
+    assert {*RELEASED, NAME, 'test_cvt_ls.digits'} <= listed
     assert not timm.models.is_model_pretrained('vil_ls_tiny')
     with pytest.raises(RuntimeError, match='No pretrained weights exist for vil_ls_tiny'):
         timm.create_model('vil_ls_tiny', pretrained=True)
