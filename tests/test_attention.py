@@ -13,6 +13,7 @@ import timm_ls.window_attention
 from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
 from timm_ls.rel_pos import expand_aliased_table, resize_bias_table
 from timm_ls.vil_ls import RELEASED_ATTENTION_NAMES
+from timm_ls.window import axis_spans
 
 GOLDEN = Path(__file__).parent / 'golden'
 IMPLEMENTATIONS = ('tiled', 'masked')
@@ -328,6 +329,24 @@ def test_plain_path():
         outputs, grads = run(layer, x, tokens, 'auto')
     assert worst(outputs, expected) < 1e-12
     assert worst(grads, expected_grads) < 1e-12
+
+
+def test_axis_spans():
+    """Spans hold each window's queries and valid keys once, in order, and are few however long the axis."""
+    for window in range(1, 10):
+        for size in range(1, 60):
+            spans = axis_spans(size, window)
+            assert len(spans) <= 4
+            queries = []
+            for span in spans:
+                for n in range(span.count):
+                    start = span.query_start + n * window
+                    queries += range(start, start + span.query_size)
+                    keys = range(span.key_start + n * window, span.key_start + n * window + span.key_size)
+                    valid = [k for k in range(start - window // 2, start + window + window // 2) if 0 <= k < size]
+                    assert list(keys) == valid
+                    assert keys[0] - (start - window // 2) == span.halo_offset
+            assert queries == list(range(size))
 
 
 def test_forcing_an_implementation():

@@ -49,8 +49,8 @@ class AxisSpan(NamedTuple):
 def axis_spans(size: int, window_size: int) -> Tuple[AxisSpan, ...]:
     """Group the windows along an axis of `size` tokens by the part of the halo that lies inside the map.
 
-    The windows in the middle share one span, so that there are at most five spans however long the axis: the
-    first window, the inner ones, and up to three at the end. Within a span every key is valid: no masks.
+    The windows in the middle share one span, so that there are at most four spans however long the axis: the
+    first window, the inner ones, and up to two at the end. Within a span every key is valid: no masks.
     """
     p = halo_width(window_size)
     spans: List[AxisSpan] = []
