@@ -1,11 +1,20 @@
 """What the families share: a block, a stage, and a pyramid of stages that keeps timm's contract for a backbone."""
+from itertools import accumulate
+from operator import mul
 from typing import Any, Callable, Dict, Final, List, Optional, Set, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.layers import (
+    DropPath,
+    Mlp,
+    SelectAdaptivePool2d,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
@@ -210,31 +219,48 @@ class PyramidTransformer(nn.Module):
     """Stages, a final norm, pooling and a classifier, with the methods that timm and its clients expect.
 
     Args:
-        stages: The levels, each from NCHW to NCHW; the last one may return global tokens.
-        attn_types: Attention of each level, 'ls' or 'full'.
-        dims: Channels of each level.
-        reductions: Stride of each level with respect to the image.
-        num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
+        embed_dims: Channels per stage.
+        depths: Blocks per stage.
+        strides: Stride of each stage with respect to the one before.
+        attn_types: Attention per stage, a key of `make_attn`.
+        num_global_tokens: Global tokens per stage. Those of the last stage are kept for pooling.
+        make_embed: From a stage's index and input channels to its patch embedding, NCHW to NHWC.
+        make_attn: For each kind of attention, from a stage's index to the attention of one of its blocks.
+        mlp_ratio: MLP width over channels.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' (none) or, if the last stage returns global tokens,
             'token'.
         drop_rate: Dropout probability before the classifier.
+        pos_drop_rate: Dropout probability after each patch embedding.
+        proj_drop_rate: Dropout probability in MLPs.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         norm_layer: From channels to a norm over the last dimension.
+        act_layer: Activation of the MLPs.
+
+    Raises:
+        ValueError: A stage has an attention that `make_attn` does not know, or the model no such pooling.
     """
 
     def __init__(
             self,
-            stages: List[Stage],
+            embed_dims: Tuple[int, ...],
+            depths: Tuple[int, ...],
+            strides: Tuple[int, ...],
             attn_types: Tuple[str, ...],
-            dims: Tuple[int, ...],
-            reductions: Tuple[int, ...],
-            num_global_tokens: int,
+            num_global_tokens: Tuple[int, ...],
+            make_embed: Callable[[int, int], nn.Module],
+            make_attn: Dict[str, Callable[[int], nn.Module]],
+            mlp_ratio: float,
             in_chans: int,
             num_classes: int,
             global_pool: str,
             drop_rate: float,
+            pos_drop_rate: float,
+            proj_drop_rate: float,
+            drop_path_rate: float,
             norm_layer: Callable[..., nn.Module],
+            act_layer: Callable[..., nn.Module],
             device=None,
             dtype=None,
     ):
@@ -242,18 +268,46 @@ class PyramidTransformer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = dims[-1]
-        self.num_global_tokens = num_global_tokens
-        self.attn_types = attn_types
-        self.reductions = list(reductions)  # a script indexes lists only
+        self.num_features = embed_dims[-1]
+        self.num_global_tokens = num_global_tokens[-1]
+        self.attn_types = tuple(attn_types)
+        self.reductions = list(accumulate(strides, mul))  # a list: a script indexes no tuple
         self.grad_checkpointing = False
         self.feature_info = [
             dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')
-            for i, (dim, reduction) in enumerate(zip(dims, reductions))
+            for i, (dim, reduction) in enumerate(zip(embed_dims, self.reductions))
         ]
 
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            if attn_types[i] not in make_attn:
+                raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
+            embed = make_embed(i, in_chans if i == 0 else embed_dims[i - 1])
+            blocks = [
+                Block(
+                    dim,
+                    make_attn[attn_types[i]](i),
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    **dd,
+                )
+                for rate in drop_path_rates[i]
+            ]
+            stages.append(Stage(
+                dim,
+                embed,
+                blocks,
+                num_global_tokens=num_global_tokens[i],
+                return_global_tokens=i == len(embed_dims) - 1,
+                pos_drop=pos_drop_rate,
+                **dd,
+            ))
         self.stages = nn.Sequential(*stages)
-        self.norm = norm_layer(dims[-1], **dd)
+        self.norm = norm_layer(embed_dims[-1], **dd)
         self.set_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()

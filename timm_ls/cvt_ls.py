@@ -8,21 +8,21 @@ leaves open follows CvT, and each entrypoint says how far that goes.
 """
 import re
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any, Callable, Dict, Final, List, Optional, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attention import GlobalAttention2d, LongShortAttention2d
 from .backbone import (
-    Block,
     PyramidTransformer,
-    Stage,
     apply_by_pieces,
     check_stages,
     feature_config,
@@ -389,23 +389,27 @@ class CvtLs(PyramidTransformer):
         check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
                      patch_strides=patch_strides, patch_paddings=patch_paddings, attn_types=attn_types,
                      num_global_tokens=num_global_tokens, kv_stride=kv_strides)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        for i, stride in enumerate(kv_strides):
+            if attn_types[i] == 'ls' and stride != 1:
+                raise ValueError(
+                    f"kv_stride={stride} in stage {i}, whose attention is 'ls': windows need a key at every token,"
+                    " kv_stride=1; strided keys and values need 'full' in attn_types.")
+        reductions = list(accumulate(patch_strides, mul))
 
-        stages, reductions, reduction = [], [], 1
-        for i, dim in enumerate(embed_dims):
-            reduction *= patch_strides[i]
-            reductions.append(reduction)
-            is_last = i == len(embed_dims) - 1
-            embed = ConvEmbed(
-                in_chans if i == 0 else embed_dims[i - 1],
-                dim,
+        def make_embed(i: int, in_chans: int) -> nn.Module:
+            return ConvEmbed(
+                in_chans,
+                embed_dims[i],
                 kernel_size=patch_sizes[i],
                 stride=patch_strides[i],
                 padding=patch_paddings[i],
                 norm_layer=norm_layer,
                 **dd,
             )
-            attn_args = dict(
+
+        def attn_args(i: int) -> Dict[str, Any]:
+            return dict(
+                dim=embed_dims[i],
                 num_heads=num_heads[i],
                 num_global_tokens=num_global_tokens[i],
                 qkv_bias=qkv_bias,
@@ -415,51 +419,33 @@ class CvtLs(PyramidTransformer):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            if attn_types[i] == 'ls' and kv_strides[i] != 1:
-                raise ValueError(
-                    f"kv_stride={kv_strides[i]} in stage {i}, whose attention is 'ls': windows need a key at every"
-                    " token, kv_stride=1; strided keys and values need 'full' in attn_types.")
-            blocks = []
-            for j in range(depths[i]):
-                if attn_types[i] == 'ls':
-                    attn = ConvLongShortAttention2d(
-                        dim, window_size=window_size, rank=rank, global_update=global_update, **attn_args)
-                elif attn_types[i] == 'full':
-                    attn = ConvGlobalAttention2d(
-                        dim, grid_size=grid_size(img_size, reduction), kv_stride=kv_strides[i], **attn_args)
-                else:
-                    raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
-                blocks.append(Block(
-                    dim,
-                    attn,
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    drop_path=drop_path_rates[i][j],
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    **dd,
-                ))
-            stages.append(Stage(
-                dim,
-                embed,
-                blocks,
-                num_global_tokens=num_global_tokens[i],
-                return_global_tokens=is_last,
-                pos_drop=pos_drop_rate,
-                **dd,
-            ))
+
+        def make_long_short(i: int) -> nn.Module:
+            return ConvLongShortAttention2d(
+                window_size=window_size, rank=rank, global_update=global_update, **attn_args(i))
+
+        def make_full(i: int) -> nn.Module:
+            return ConvGlobalAttention2d(
+                grid_size=grid_size(img_size, reductions[i]), kv_stride=kv_strides[i], **attn_args(i))
 
         super().__init__(
-            stages,
-            attn_types=tuple(attn_types),
-            dims=tuple(embed_dims),
-            reductions=tuple(reductions),
-            num_global_tokens=num_global_tokens[-1],
+            embed_dims=embed_dims,
+            depths=depths,
+            strides=patch_strides,
+            attn_types=attn_types,
+            num_global_tokens=num_global_tokens,
+            make_embed=make_embed,
+            make_attn=dict(ls=make_long_short, full=make_full),
+            mlp_ratio=mlp_ratio,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
             norm_layer=norm_layer,
+            act_layer=act_layer,
             **dd,
         )
 
