@@ -21,12 +21,11 @@ from timm.models._input import update_model_input_size
 
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
+from .streaming import takes_pieces
 from .window import ceil_div, is_tracing_shapes
+from .window_attention import is_automatic
 
 __all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'feature_config', 'pad_to_multiple']
-
-# Bytes of a map that token-wise layers take at a time where no gradient is needed; what they allocate is as small then
-PIECE_BYTES = 2 * 2 ** 20
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
@@ -56,43 +55,12 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return x
 
 
-def keeps_activations(x: torch.Tensor) -> bool:
-    """Whether what is computed from `x` stays: for a gradient, or as a graph that is being captured."""
-    return torch.is_grad_enabled() or is_tracing_shapes() or isinstance(x, torch.fx.Proxy)
-
-
-def apply_by_pieces(layers: Tuple[Callable[[torch.Tensor], torch.Tensor], ...], x: torch.Tensor) -> torch.Tensor:
-    """Apply layers that treat tokens one by one to a map [B, H, W, ...], a piece of about `PIECE_BYTES` at a time.
-
-    What they allocate on the way is as large as a piece then, and stays in cache. Where activations are kept there is
-    nothing to gain, and they see the whole map.
-    """
-    def apply(tokens: torch.Tensor) -> torch.Tensor:
-        for layer in layers:
-            tokens = layer(tokens)
-        return tokens
-
-    if keeps_activations(x):
-        return apply(x)
-    tokens = x.flatten(0, 2)
-    pieces = ceil_div(tokens.numel() * x.element_size(), PIECE_BYTES)
-    if pieces <= 1:
-        return apply(x)
-    size = ceil_div(tokens.shape[0], pieces)
-    first = apply(tokens[:size])  # knows the dtype
-    out = first.new_empty(tokens.shape[0], first.shape[-1])
-    out[:size] = first
-    for start in range(size, tokens.shape[0], size):
-        out[start:start + size] = apply(tokens[start:start + size])
-    return out.reshape(x.shape[:3] + out.shape[-1:])
-
-
 class Block(nn.Module):
     """Pre-norm attention and MLP over a map of tokens and its global tokens.
 
     Args:
         dim: Channels.
-        attn: Attention layer, from (map, global tokens) to the same.
+        attn: Attention layer, from (map, global tokens) to the same; with `takes_pieces`, by pieces in inference.
         mlp_ratio: MLP width over `dim`.
         proj_drop: Dropout probability in the MLP.
         drop_path: Probability of skipping each of the two branches, for an image as a whole.
@@ -128,17 +96,27 @@ class Block(nn.Module):
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
         norm_tokens = self.norm1(global_tokens) if global_tokens is not None else None
+        if not torch.jit.is_scripting() and self.takes_pieces(x):
+            x, d_tokens = self.attn.forward_by_pieces(x, norm_tokens, self.norm1, self.finish)
+            if global_tokens is not None:
+                global_tokens = self.finish(global_tokens, d_tokens)
+            return x, global_tokens
         dx, d_tokens = self.attn(self.norm1(x), norm_tokens)
         x, global_tokens = self.add(x, dx, global_tokens, d_tokens)
         d_tokens = self.mlp(self.norm2(global_tokens)) if global_tokens is not None else None
-        return self.add(x, self.mlp_branch(x), global_tokens, d_tokens)
+        return self.add(x, self.mlp(self.norm2(x)), global_tokens, d_tokens)
 
-    def mlp_branch(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP of a map, a piece at a time where no gradient is needed."""
-        if torch.jit.is_scripting():
-            return self.mlp(self.norm2(x))
-        else:
-            return apply_by_pieces((self.norm2, self.mlp), x)
+    @torch.jit.unused
+    def takes_pieces(self, x: torch.Tensor) -> bool:
+        """Whether to go by pieces of the map: in inference, unless timm or the user chose how attention is computed."""
+        attn = self.attn
+        return getattr(attn, 'takes_pieces', False) and attn.fused_attn and is_automatic() and takes_pieces(self, x)
+
+    @torch.jit.unused
+    def finish(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+        """Add what attention gives for some tokens, and then what the MLP does."""
+        x = x + dx
+        return x + self.mlp(self.norm2(x))
 
     def add(
             self,

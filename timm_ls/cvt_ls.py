@@ -23,7 +23,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .attention import GlobalAttention2d, LongShortAttention2d
 from .backbone import (
     PyramidTransformer,
-    apply_by_pieces,
     check_stages,
     feature_config,
     grid_size,
@@ -166,18 +165,6 @@ class ConvQkv(nn.Module):
             return self.project(maps[..., 0], kv[..., 0], kv[..., 1])
         return self.project(maps[..., 0], maps[..., 1], maps[..., 2])
 
-    def joined(self, x: torch.Tensor) -> torch.Tensor:
-        """From a map [B, H, W, C] to its queries, keys and values side by side, [B, H, W, 3 * C]; for stride 1."""
-        maps = self.depthwise(x)
-        if torch.jit.is_scripting():
-            return self.join(maps)
-        else:
-            return apply_by_pieces((self.join,), maps)
-
-    def join(self, maps: torch.Tensor) -> torch.Tensor:
-        """Apply the linear layers to the convolved maps [..., C, 3] and join the results, [..., 3 * C]."""
-        return torch.cat(self.project(maps[..., 0], maps[..., 1], maps[..., 2]), dim=-1)
-
     def project(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> List[torch.Tensor]:
         """The linear layers alone, over the last dimension; global tokens have no neighbours to convolve."""
         q = self.q(q)
@@ -234,22 +221,15 @@ class ConvLongShortAttention2d(LongShortAttention2d):
         super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias, **kwargs, **dd)
         del self.qkv  # in its place:
         self.conv_qkv = ConvQkv(dim, qkv_bias, query_scale=query_scale(attn_scale, num_heads), **dd)
+        self.margin = 1
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            global_tokens: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
-        global_qkv: Optional[torch.Tensor] = None
-        if self.num_global_tokens > 0:
-            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
-            global_qkv = torch.cat(self.conv_qkv.project(global_tokens, global_tokens, global_tokens), dim=-1)
-        x, global_tokens = self.attend(x, self.conv_qkv.joined(x), global_qkv)
-        x = self.proj_drop(self.proj(x))
-        if global_tokens is not None:
-            global_tokens = self.proj_drop(self.proj(global_tokens))
-        return x, global_tokens
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of a map [B, H, W, C], side by side, [B, H, W, 3 * C]."""
+        return torch.cat(self.conv_qkv(x), dim=-1)
+
+    def project_global(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of global tokens [B, g, C], side by side, [B, g, 3 * C]."""
+        return torch.cat(self.conv_qkv.project(x, x, x), dim=-1)
 
 
 class ConvGlobalAttention2d(GlobalAttention2d):
@@ -268,6 +248,8 @@ class ConvGlobalAttention2d(GlobalAttention2d):
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
+
+    takes_pieces: Final[bool] = False  # strided keys belong to no run of rows
 
     def __init__(
             self,
