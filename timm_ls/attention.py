@@ -393,6 +393,7 @@ class GlobalAttention2d(nn.Module):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.num_global_tokens = num_global_tokens
+        self.kv_stride = 1  # rows and columns from one key to the next
         self.fused_attn = use_fused_attn()
         self.bias_bytes = 64 * 2 ** 20  # of the bias to hold at a time, where the map is not taken by pieces
 
@@ -427,14 +428,23 @@ class GlobalAttention2d(nn.Module):
         """
         H, W = x.shape[1], x.shape[2]
         g = self.num_global_tokens
+        q, k, v = self.project(x, global_tokens)
+        out = self.proj_drop(self.proj(self.attend(q, k, v, H, W)))
+        x = out[:, g:].unflatten(1, (H, W))
+        return x, out[:, :g] if g > 0 else None
+
+    def project(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values for `attend`, of a map [B, H, W, C] and global tokens [B, g, C] or None."""
         tokens = x.flatten(1, 2)
-        if g > 0:
+        if self.num_global_tokens > 0:
             assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
             tokens = torch.cat([global_tokens, tokens], dim=1)
         qkv = self.qkv(tokens).chunk(3, dim=-1)
-        out = self.proj_drop(self.proj(self.attend(qkv[0], qkv[1], qkv[2], H, W)))
-        x = out[:, g:].unflatten(1, (H, W))
-        return x, out[:, :g] if g > 0 else None
+        return qkv[0], qkv[1], qkv[2]
 
     @torch.jit.unused
     def forward_by_pieces(
@@ -482,7 +492,6 @@ class GlobalAttention2d(nn.Module):
             v: torch.Tensor,
             height: int,
             width: int,
-            kv_stride: int = 1,
     ) -> torch.Tensor:
         """Everything between the projections.
 
@@ -492,7 +501,6 @@ class GlobalAttention2d(nn.Module):
             v: Values of the same tokens, [B, g + N, C].
             height: Rows of the map.
             width: Columns of the map.
-            kv_stride: Rows and columns from one key to the next.
 
         Returns:
             [B, g + height * width, C].
@@ -500,7 +508,7 @@ class GlobalAttention2d(nn.Module):
         g = self.num_global_tokens
         dropout_p = self.attn_drop.p if self.training else 0.
         out = attend_grid(
-            q[:, g:], k, v, self.bias_table(height, width), self.bias_to_global(), (height, width), kv_stride,
+            q[:, g:], k, v, self.bias_table(height, width), self.bias_to_global(), (height, width), self.kv_stride,
             self.num_heads, dropout_p, self.fused_attn, self.bias_bytes)
         if g == 0:
             return out

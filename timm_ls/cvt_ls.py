@@ -270,25 +270,21 @@ class ConvGlobalAttention2d(GlobalAttention2d):
         del self.qkv  # in its place:
         self.conv_qkv = ConvQkv(dim, qkv_bias, kv_stride, query_scale(attn_scale, num_heads), **dd)
 
-    def forward(
+    def project(
             self,
             x: torch.Tensor,
-            global_tokens: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
-        H, W = x.shape[1], x.shape[2]
-        g = self.num_global_tokens
+            global_tokens: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values for `attend`, of a map [B, H, W, C] and global tokens [B, g, C] or None."""
         qkv = self.conv_qkv(x)
         q, k, v = qkv[0].flatten(1, 2), qkv[1].flatten(1, 2), qkv[2].flatten(1, 2)
-        if g > 0:
+        if self.num_global_tokens > 0:
             assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
             global_qkv = self.conv_qkv.project(global_tokens, global_tokens, global_tokens)
             q = torch.cat([global_qkv[0], q], dim=1)
             k = torch.cat([global_qkv[1], k], dim=1)
             v = torch.cat([global_qkv[2], v], dim=1)
-        out = self.proj_drop(self.proj(self.attend(q, k, v, H, W, self.kv_stride)))
-        x = out[:, g:].unflatten(1, (H, W))
-        return x, out[:, :g] if g > 0 else None
+        return q, k, v
 
 
 class CvtLs(PyramidTransformer):

@@ -1,0 +1,180 @@
+"""Explanations say what the model computes: their weights give its outputs, and rollout is a product of matrices."""
+import math
+import random
+
+import pytest
+import timm
+import torch
+
+import timm_ls
+from timm_ls import GlobalAttention2d, LongShortAttention2d
+from timm_ls.visualize import (
+    attention_rollout,
+    landmark_maps,
+    plot_landmarks,
+    plot_query,
+    plot_rollout,
+    query_attention,
+)
+
+VARIANTS = {
+    'vil_ls_tiny': {},
+    'vil_ls_tiny_hires': dict(global_update='keys', num_global_tokens=(2, 1, 0, 3)),
+    'vil_ls_tiny no landmarks': dict(rank=0, rel_pos_bias=False),
+    'cvt_ls_13': dict(num_global_tokens=(1, 0, 2)),
+    'cvt_ls_13 full': timm_ls.cvt_ls.PLAIN_CVT,
+}
+
+
+def build(variant: str):
+    """A narrow model in float64 whose parameters are not at their initial values."""
+    name = variant.split()[0]
+    dims = (12, 24, 36, 48) if name.startswith('vil') else (12, 24, 36)
+    stages = len(dims)
+    args = dict(embed_dims=dims, depths=(1, 1, 2, 1)[:stages], num_heads=(1, 2, 3, 3)[:stages], window_size=3, rank=4)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **{**args, **VARIANTS[variant]}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += .1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def inputs_and_outputs(model, image):
+    """What each attention layer gets, and what it hands to its last linear layer for the map."""
+    calls, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, (LongShortAttention2d, GlobalAttention2d)):
+            calls[name] = dict(layer=module, outs=[])
+            handles.append(module.register_forward_pre_hook(
+                lambda module, args, to=calls[name]: to.update(x=args[0], tokens=args[1])))
+            handles.append(module.proj.register_forward_pre_hook(
+                lambda module, args, to=calls[name]: to['outs'].append(args[0])))
+    with torch.no_grad():
+        model(image[None])
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize('variant', ['vil_ls_tiny', 'vil_ls_tiny_hires', 'vil_ls_tiny no landmarks', 'cvt_ls_13'])
+def test_weights_give_the_outputs(variant):
+    """Weights of a query, times the values that they are for, are that token's output; they add up to one."""
+    rng = random.Random(variant)
+    model, image = build(variant), torch.randn(3, 90, 62, dtype=torch.float64)
+    maps = landmark_maps(model, image)
+    calls = inputs_and_outputs(model, image)
+    assert list(maps) == [name for name, call in calls.items() if isinstance(call['layer'], LongShortAttention2d)]
+    for name, landmarks in maps.items():
+        layer, x, tokens, out = (calls[name][key] for key in ('layer', 'x', 'tokens', 'outs'))
+        H, W, h = x.shape[1], x.shape[2], layer.num_heads
+        assert landmarks.shape == (h, layer.rank, H, W)
+        torch.testing.assert_close(landmarks.sum((2, 3)), torch.ones(h, layer.rank, dtype=x.dtype))
+        with torch.no_grad():
+            kv = layer.norm_kv(layer.project(x)[..., layer.dim:].unflatten(-1, (2, layer.dim)))
+            values = kv[0, :, :, 1].unflatten(-1, (h, -1))
+            landmark_values = torch.einsum('hrij,ijhd->rhd', landmarks, values).flatten(1)
+            landmark_values = layer.norm_landmarks(landmark_values).unflatten(-1, (h, -1))
+            for position in [(0, 0), (H - 1, W - 1)] + [(rng.randrange(H), rng.randrange(W)) for _ in range(3)]:
+                attention = query_attention(model, image, name, position)
+                total = sum(part.flatten(1).sum(1) for part in attention)
+                torch.testing.assert_close(total, torch.ones_like(total))
+                expected = torch.einsum('hij,ijhd->hd', attention.window, values)
+                expected += torch.einsum('hr,rhd->hd', attention.landmarks, landmark_values)
+                if layer.num_global_tokens > 0:
+                    own = layer.norm_kv(layer.project_global(tokens)[0, :, 2 * layer.dim:]).unflatten(-1, (h, -1))
+                    expected += torch.einsum('hg,ghd->hd', attention.global_tokens, own)
+                torch.testing.assert_close(out[0][0][position], expected.flatten(), rtol=0, atol=1e-10)
+
+
+def attention_matrix(model, image, name, call):
+    """Weights [N, N] of one layer, averaged over heads, landmarks spread over what they were distilled from."""
+    layer, x = call['layer'], call['x']
+    H, W = x.shape[1:3]
+    if isinstance(layer, LongShortAttention2d):
+        maps = landmark_maps(model, image)[name]
+        rows = [query_attention(model, image, name, (i, j)).over_map(maps).mean(0) for i in range(H) for j in range(W)]
+        return torch.stack(rows).flatten(1)
+    h, s, g = layer.num_heads, layer.kv_stride, layer.num_global_tokens
+    with torch.no_grad():
+        q, k, _ = (part[0].unflatten(-1, (h, -1)) for part in layer.project(x, call['tokens']))
+        logits = torch.einsum('qhd,khd->hqk', q[g:], k) * layer.head_dim ** -.5
+        if layer.rel_pos is not None:
+            logits[..., g:] += layer.rel_pos((H, W), (H, W))[..., ::s, ::s].flatten(3).flatten(1, 2)
+            if g > 0:
+                logits[..., :g] += layer.rel_pos.global_patch[1][:, None]
+    weights = logits.softmax(-1)[..., g:].mean(0)  # [N, keys]
+    matrix = torch.zeros(H, W, H * W, dtype=x.dtype).permute(2, 0, 1)
+    matrix[:, ::s, ::s] = weights.unflatten(1, matrix[:, ::s, ::s].shape[1:])
+    return matrix.flatten(1)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_rollout(variant):
+    """The product of all attention matrices and residuals, patches shared out between stages."""
+    model, image = build(variant), torch.randn(3, 42, 36, dtype=torch.float64)
+    calls = inputs_and_outputs(model, image)
+    relevance, grid = None, None
+    for name, call in reversed(calls.items()):
+        H, W = call['x'].shape[1:3]
+        if relevance is None:
+            relevance, grid = torch.ones(H * W, dtype=torch.float64), (H, W)
+        if grid != (H, W):
+            factor = math.ceil(H / grid[0])
+            fine = torch.zeros(H, W, dtype=torch.float64)
+            for i in range(H):
+                for j in range(W):
+                    fine[i, j] = relevance.reshape(grid)[i // factor, j // factor] / factor ** 2
+            relevance, grid = fine.flatten(), (H, W)
+        relevance = relevance @ (torch.eye(H * W) + attention_matrix(model, image, name, call)) / 2
+        relevance = relevance / relevance.sum()
+    actual = attention_rollout(model, image)
+    assert actual.shape == grid
+    torch.testing.assert_close(actual.flatten(), relevance, rtol=1e-8, atol=0)
+
+
+def test_leaves_no_trace():
+    """The model's mode, hooks, gradients and outputs are what they were."""
+    model, image = build('vil_ls_tiny').train(), torch.randn(3, 64, 64, dtype=torch.float64)
+    model.stages[1].eval()
+    modes = [module.training for module in model.modules()]
+    landmark_maps(model, image), attention_rollout(model, image)
+    with pytest.raises(ValueError, match='position'):
+        query_attention(model, image, 'stages.0.blocks.0.attn', (99, 0))
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_bad_input():
+    """What was given, and what there is."""
+    model, image = build('vil_ls_tiny'), torch.randn(3, 64, 64, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r'Expected one image, .* got \[2, 3, 64, 64\]'):
+        landmark_maps(model, torch.stack([image, image]))
+    with pytest.raises(ValueError, match="named 'stages.2.blocks.0.attn': this model has stages.0.blocks.0.attn, stag"):
+        query_attention(model, image, 'stages.2.blocks.0.attn', (0, 0))  # full attention
+    with pytest.raises(ValueError, match=r'position=\(0, 16\): stages.0.blocks.0.attn has a map of 16 rows and 16 col'):
+        query_attention(model, image, 'stages.0.blocks.0.attn', (0, 16))
+    with pytest.raises(ValueError, match='Linear has no attention of timm_ls'):
+        landmark_maps(torch.nn.Linear(2, 2), image)
+
+
+def test_figures():
+    """Each figure shows what it was given: panels, titles, the maps' own values."""
+    pytest.importorskip('matplotlib').use('agg')
+    model, image = build('vil_ls_tiny'), torch.rand(3, 64, 48, dtype=torch.float64)
+    name = 'stages.1.blocks.0.attn'
+    maps = landmark_maps(model, image)[name]
+    attention = query_attention(model, image, name, (3, 2))
+    figure = plot_landmarks(image, maps)
+    assert len(figure.axes) == maps.shape[0] * maps.shape[1]
+    assert (figure.axes[5].images[1].get_array() == maps[1, 1].numpy()).all()
+    assert figure.axes[5].get_title() == 'head 1, landmark 1'
+    figure = plot_query(image, attention, maps, (3, 2))
+    assert (figure.axes[3].images[1].get_array() == attention.window[1].numpy()).all()
+    assert figure.axes[3].lines[0].get_xydata().tolist() == [[2.5 * 48 / 6, 3.5 * 64 / 8]]
+    shares = [bar.get_height() for bar in figure.axes[5].patches]
+    assert shares == pytest.approx([part[1].sum().item() for part in attention])
+    relevance = attention_rollout(model, image)
+    figure = plot_rollout(image, relevance)
+    assert (figure.axes[1].images[1].get_array() == relevance.numpy()).all()

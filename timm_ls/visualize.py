@@ -1,0 +1,330 @@
+"""What a model looks at: landmarks over the image, the attention of one token, attention rolled out over all layers.
+
+Everything is read off an ordinary forward pass with hooks that are gone when a function returns; a model that is not
+being looked at pays nothing. Functions take one image and return tensors; `plot_*` draw them with matplotlib
+(`pip install "timm-ls[demo]"`).
+"""
+import math
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .attention import GlobalAttention2d, LongShortAttention2d, sum_per_head
+from .window import halo_width
+from .window_attention import softmax, window_attention
+
+__all__ = [
+    'QueryAttention',
+    'attention_rollout',
+    'landmark_maps',
+    'plot_landmarks',
+    'plot_query',
+    'plot_rollout',
+    'query_attention',
+]
+
+
+class QueryAttention(NamedTuple):
+    """Where one token looks; for every head, all weights together add up to one."""
+
+    window: torch.Tensor  # [heads, H, W]: keys of the map, zero outside of the window's halo
+    landmarks: torch.Tensor  # [heads, rank]
+    global_tokens: torch.Tensor  # [heads, g]
+
+    def over_map(self, maps: torch.Tensor) -> torch.Tensor:
+        """Weights on tokens of the map, [heads, H, W], landmarks spread to what they were distilled from.
+
+        Args:
+            maps: Of the same layer, from `landmark_maps`, [heads, rank, H, W].
+        """
+        return self.window + (self.landmarks[:, :, None, None] * maps).sum(dim=1)
+
+
+class _Call(NamedTuple):
+    """What an attention layer was called with."""
+
+    name: str
+    layer: nn.Module
+    x: torch.Tensor  # [1, H, W, C]
+    global_tokens: Optional[torch.Tensor]  # [1, g, C]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def _record(model: nn.Module, image: torch.Tensor) -> List[_Call]:
+    """The calls of all attention layers, in order, for an image [C, H, W] or [1, C, H, W]."""
+    if image.ndim == 3:
+        image = image[None]
+    if image.ndim != 4 or image.shape[0] != 1:
+        raise ValueError(f'Expected one image, [channels, height, width], got {list(image.shape)}.')
+    calls: List[_Call] = []
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, (LongShortAttention2d, GlobalAttention2d)):
+            def hook(layer: nn.Module, args: Tuple[Any, ...], name: str = name) -> None:
+                calls.append(_Call(name, layer, args[0], args[1] if len(args) > 1 else None))
+            handles.append(module.register_forward_pre_hook(hook))
+    if not handles:
+        raise ValueError(f'{type(model).__name__} has no attention of timm_ls: expected one of its models.')
+    try:
+        with _evaluating(model):
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _find(calls: Sequence[_Call], layer: str) -> _Call:
+    """The call of a long-short layer by its name."""
+    names = [call.name for call in calls if isinstance(call.layer, LongShortAttention2d)]
+    for call in calls:
+        if call.name == layer and layer in names:
+            return call
+    raise ValueError(f'No long-short attention named {layer!r}: this model has {", ".join(names) or "none"}.')
+
+
+def _projection(call: _Call) -> torch.Tensor:
+    """The dynamic projection, softmax over tokens, [1, N, heads * rank]."""
+    return softmax(call.layer.dynamic_projection(call.x).flatten(1, 2), dim=1)
+
+
+def _landmark_map(call: _Call) -> torch.Tensor:
+    """Landmarks over the map, [heads, rank, H, W]; rank 0 for a layer without."""
+    layer, (H, W) = call.layer, call.x.shape[1:3]
+    if layer.rank == 0:
+        return call.x.new_zeros(layer.num_heads, 0, H, W)
+    return _projection(call)[0].T.reshape(layer.num_heads, layer.rank, H, W)
+
+
+@torch.no_grad()
+def landmark_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """What each landmark is distilled from: the dynamic projection, a softmax over the tokens of the map (eq. 4).
+
+    Args:
+        model: A model of this package, or one that holds its attention layers.
+        image: Normalised as for the model, [C, H, W].
+
+    Returns:
+        For every long-short layer by name, [heads, rank, rows, columns]; each map adds up to one.
+
+    Raises:
+        ValueError: There is more than one image, or no such layer.
+    """
+    calls = _record(model, image)
+    return {call.name: _landmark_map(call) for call in calls if isinstance(call.layer, LongShortAttention2d)}
+
+
+@torch.no_grad()
+def query_attention(model: nn.Module, image: torch.Tensor, layer: str, position: Tuple[int, int]) -> QueryAttention:
+    """Where one token looks, in one layer: its window, the landmarks and the global tokens, in one softmax.
+
+    Args:
+        model: A model of this package, or one that holds its attention layers.
+        image: Normalised as for the model, [C, H, W].
+        layer: Name of a long-short layer, such as 'stages.1.blocks.0.attn'.
+        position: Row and column of the token in that layer's map.
+
+    Returns:
+        Weights over the map, the landmarks and the global tokens.
+
+    Raises:
+        ValueError: There is no such layer or position, or more than one image.
+    """
+    call = _find(_record(model, image), layer)
+    attn, (H, W) = call.layer, call.x.shape[1:3]
+    row, col = position
+    if not (0 <= row < H and 0 <= col < W):
+        raise ValueError(f'position={tuple(position)}: {layer} has a map of {H} rows and {W} columns.')
+    q, kv, extra_kv = _queries_and_keys(call)
+    h, w, p = attn.num_heads, attn.window_size, halo_width(attn.window_size)
+    top, left = row // w * w, col // w * w
+    rows = slice(max(0, top - p), min(H, top + w + p))
+    cols = slice(max(0, left - p), min(W, left + w + p))
+    keys = kv[0, rows, cols, 0]
+    shape = keys.shape[:2]
+
+    query = q[0, row, col].unflatten(-1, (h, -1)) * attn.head_dim ** -0.5  # [heads, d]
+    logits = torch.einsum('hd,nhd->hn', query, keys.flatten(0, 1).unflatten(-1, (h, -1)))
+    bias = attn.window_bias()
+    if bias is not None:
+        halo_rows = slice(rows.start - top + p, rows.stop - top + p)
+        halo_cols = slice(cols.start - left + p, cols.stop - left + p)
+        logits = logits + bias[:, row - top, col - left, halo_rows, halo_cols].flatten(1)
+    extra = torch.einsum('hd,nhd->hn', query, extra_kv[0, :, 0].unflatten(-1, (h, -1)))
+    weights = softmax(torch.cat([extra, logits], dim=1), dim=1)
+    window = weights.new_zeros(h, H, W)
+    window[:, rows, cols] = weights[:, extra.shape[1]:].unflatten(1, shape)
+    return QueryAttention(window, weights[:, :attn.rank], weights[:, attn.rank:extra.shape[1]])
+
+
+def _queries_and_keys(call: _Call) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of a long-short layer's map, and those of its landmarks and global tokens."""
+    layer = call.layer
+    q, kv = layer.split(layer.project(call.x))
+    logits = layer.dynamic_projection(call.x) if layer.rank > 0 else None
+    global_qkv = layer.project_global(call.global_tokens) if layer.num_global_tokens > 0 else None
+    return q, kv, layer.extra_keys(logits, kv, global_qkv)[0]
+
+
+def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """How much each place of the image is attended from the last layer, through all layers and stages.
+
+    Attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928) for a pyramid: starting from the same relevance
+    everywhere on the last map, each layer hands half of a token's relevance to what it attends to, averaged over
+    heads, and keeps the other half (the residual). A landmark hands it on to what it was distilled from, a patch
+    embedding to the tokens of its patch. What goes to global tokens is left out. Like every rollout it ignores MLPs and
+    values: it shows where information can come from, not what decides.
+
+    Args:
+        model: A model of this package.
+        image: Normalised as for the model, [C, H, W].
+
+    Returns:
+        Relevance of the tokens of the first stage, [rows, columns], adding up to one.
+
+    Raises:
+        ValueError: There is more than one image, or no such layer.
+    """
+    calls = _record(model, image)
+    relevance = torch.ones_like(calls[-1].x[..., 0])
+    for call in reversed(calls):
+        H, W = call.x.shape[1:3]
+        if relevance.shape[1:] != (H, W):
+            relevance = _spread(relevance, H, W)
+        relevance = (relevance + _hand_back(call, relevance)) / 2
+        relevance = relevance / relevance.sum()
+    return relevance[0]
+
+
+def _spread(relevance: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Share out the relevance of patches among the tokens of a finer map, as many of them as lie inside."""
+    factor = math.ceil(height / relevance.shape[1])
+    fine = relevance.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)[:, :height, :width]
+    return fine / factor ** 2
+
+
+@torch.enable_grad()
+def _hand_back(call: _Call, relevance: torch.Tensor) -> torch.Tensor:
+    """Relevance [1, H, W] of a layer's outputs, handed to what they attend to: its product with the attention matrix.
+
+    Attention is linear in its values. With one number per token as its value, this product is a gradient.
+    """
+    layer, x = call.layer, call.x.detach()
+    H, W, C = x.shape[1:]
+    number = torch.ones_like(relevance, requires_grad=True)
+    values = number[..., None].expand(-1, -1, -1, C)
+    if isinstance(layer, LongShortAttention2d):
+        with torch.no_grad():
+            q, kv, extra_kv = _queries_and_keys(call)
+            bias = layer.window_bias()
+        extra_values = torch.zeros_like(extra_kv[:, :, 1])
+        if layer.rank > 0:
+            sums = sum_per_head(_projection(call).detach(), values.flatten(1, 2), layer.num_heads)
+            extra_values = torch.cat([sums, extra_values[:, layer.rank:]], dim=1)
+        out = window_attention(
+            q, torch.stack([kv[..., 0, :], values], dim=3), torch.stack([extra_kv[:, :, 0], extra_values], dim=2), bias,
+            layer.window_size, layer.num_heads)
+    else:
+        with torch.no_grad():
+            q, k, _ = layer.project(x, call.global_tokens)
+        strided = values[:, ::layer.kv_stride, ::layer.kv_stride].flatten(1, 2)
+        v = F.pad(strided, (0, 0, layer.num_global_tokens, 0))
+        out = layer.attend(q, k, v, H, W)[:, layer.num_global_tokens:].unflatten(1, (H, W))
+    return torch.autograd.grad(out.mean(dim=-1), number, relevance)[0]
+
+
+# Figures
+
+def _overlay(axis: Any, photo: torch.Tensor, weights: torch.Tensor, title: str) -> None:
+    """Draw weights [rows, columns] over a photo [3, H, W] in 0..1."""
+    H, W = photo.shape[-2:]
+    axis.imshow(photo.permute(1, 2, 0).mean(dim=-1).cpu().numpy(), cmap='gray', vmin=0, vmax=1, extent=(0, W, H, 0))
+    axis.imshow(weights.cpu().numpy(), cmap='inferno', alpha=.6, extent=(0, W, H, 0), interpolation='nearest')
+    axis.set(title=title, xticks=[], yticks=[])
+
+
+def _figure(rows: int, cols: int) -> Any:
+    """An empty figure with square panels."""
+    from .__main__ import import_matplotlib
+    import_matplotlib()
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, cols, figsize=(2.4 * cols, 2.6 * rows), squeeze=False, layout='constrained')
+
+
+def plot_landmarks(photo: torch.Tensor, maps: torch.Tensor, title: str = '') -> Any:
+    """Draw a layer's landmarks over the photo, a row per head, a column per landmark.
+
+    Args:
+        photo: The image as a person sees it, [3, H, W] in 0..1.
+        maps: Of one layer, from `landmark_maps`, [heads, rank, rows, columns].
+        title: Above the figure.
+
+    Returns:
+        The matplotlib figure.
+    """
+    figure, axes = _figure(maps.shape[0], maps.shape[1])
+    for head, row in enumerate(axes):
+        for landmark, axis in enumerate(row):
+            _overlay(axis, photo, maps[head, landmark], f'head {head}, landmark {landmark}')
+    figure.suptitle(title or 'What each landmark is distilled from')
+    return figure
+
+
+def plot_query(photo: torch.Tensor, attention: QueryAttention, maps: torch.Tensor, position: Tuple[int, int]) -> Any:
+    """Draw where one token looks, a row per head: its window, all tokens through landmarks, and the sums.
+
+    Args:
+        photo: The image as a person sees it, [3, H, W] in 0..1.
+        attention: From `query_attention`.
+        maps: Of the same layer, from `landmark_maps`.
+        position: Row and column of the token, as given to `query_attention`.
+
+    Returns:
+        The matplotlib figure.
+    """
+    heads, rows, cols = attention.window.shape
+    H, W = photo.shape[-2:]
+    figure, axes = _figure(heads, 3)
+    everything = attention.over_map(maps)
+    for head, (window, landmarks, sums) in enumerate(axes):
+        near, far, tokens = (part[head].sum().item() for part in attention)
+        _overlay(window, photo, attention.window[head], f'head {head}: window, {near:.0%}')
+        _overlay(landmarks, photo, everything[head] - attention.window[head], f'through landmarks, {far:.0%}')
+        sums.bar(['window', 'landmarks', 'global'], [near, far, tokens], color=['C1', 'C0', 'C2'])
+        sums.set(ylim=(0, 1), title='share of attention')
+        for axis in (window, landmarks):
+            axis.plot((position[1] + .5) * W / cols, (position[0] + .5) * H / rows, 'c+', markersize=10)
+    figure.suptitle(f'Where the token at row {position[0]}, column {position[1]} looks')
+    return figure
+
+
+def plot_rollout(photo: torch.Tensor, relevance: torch.Tensor) -> Any:
+    """Draw the photo beside its attention rollout.
+
+    Args:
+        photo: The image as a person sees it, [3, H, W] in 0..1.
+        relevance: From `attention_rollout`, [rows, columns].
+
+    Returns:
+        The matplotlib figure.
+    """
+    figure, axes = _figure(1, 2)
+    axes[0, 0].imshow(photo.permute(1, 2, 0).cpu().numpy().clip(0, 1))
+    axes[0, 0].set(title='image', xticks=[], yticks=[])
+    _overlay(axes[0, 1], photo, relevance, 'attention rollout')
+    return figure
