@@ -2,16 +2,18 @@
 
 Zhu et al., "Long-Short Transformer: Efficient Transformers for Language and Vision", NeurIPS 2021, arXiv 2107.02192.
 """
-from typing import Final, Optional, Tuple
+from typing import Final, List, Optional, Tuple
 
 import torch
 import torch.fx
 import torch.nn as nn
 from timm.layers import use_fused_attn
+from timm.models import checkpoint
 
-from .rel_pos import RelPosBias2d
-from .window import halo_width
-from .window_attention import attend, softmax, window_attention
+from .rel_pos import RelPosBias2d, position_bias
+from .streaming import Finish, Tokenwise, image_groups, row_pieces
+from .window import halo_width, is_tracing_shapes
+from .window_attention import attend, attend_rows, softmax, window_attention
 
 __all__ = ['GlobalAttention2d', 'LongShortAttention2d']
 
@@ -56,6 +58,37 @@ def sum_per_head(weights: torch.Tensor, values: torch.Tensor, num_heads: int) ->
     return sums.diagonal(dim1=1, dim2=4).permute(0, 1, 2, 4, 3).reshape(shape)  # from [B, r, parts, heads, C / heads]
 
 
+@torch.fx.wrap
+def attend_part(
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        num_heads: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few queries to a part of their keys.
+
+    Args:
+        q: [B, g, C], not yet scaled.
+        keys: [B, N, C].
+        values: [B, N, C].
+        num_heads: Heads that share the C channels.
+
+    Returns:
+        The output as if there were no other keys, [B, g, C], and the logarithm of the part's share in a softmax over
+        all keys, the log-sum-exp of its logits, [B, g, num_heads].
+    """
+    B, g, C = q.shape
+    d = C // num_heads
+    # block-diagonal queries: the logits of all heads in one product over the keys as they lie in memory
+    q = (q * d ** -0.5).unflatten(-1, (num_heads, d)).permute(0, 1, 3, 2)
+    q = q.diag_embed().permute(0, 3, 2, 4, 1).flatten(1, 2).flatten(2)  # [B, C, num_heads * g]
+    logits = keys.to(q.dtype) @ q
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    share = logits.logsumexp(dim=1, keepdim=True)
+    out = sum_per_head((logits - share).exp(), values, num_heads)
+    return out, share.reshape(B, num_heads, g).transpose(1, 2)
+
+
 class LongShortAttention2d(nn.Module):
     r"""Long-short attention over a map of tokens: one softmax over a window and a few landmarks.
 
@@ -92,6 +125,8 @@ class LongShortAttention2d(nn.Module):
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
+    takes_pieces: Final[bool] = True  # has `forward_by_pieces`
+
     fused_attn: Final[bool]
     num_heads: Final[int]
     window_size: Final[int]
@@ -126,11 +161,11 @@ class LongShortAttention2d(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = self.head_dim ** -0.5
         self.window_size = window_size
         self.rank = rank
         self.num_global_tokens = num_global_tokens
         self.update_from_outputs = global_update == 'outputs'
+        self.margin = 0  # rows of neighbours that `project` looks at
         self.fused_attn = use_fused_attn()
 
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
@@ -167,73 +202,152 @@ class LongShortAttention2d(nn.Module):
         global_qkv: Optional[torch.Tensor] = None
         if self.num_global_tokens > 0:
             assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
-            global_qkv = self.qkv(global_tokens)
-        x, global_tokens = self.attend(x, self.qkv(x), global_qkv)
-        x = self.proj_drop(self.proj(x))
-        if global_tokens is not None:
-            global_tokens = self.proj_drop(self.proj(global_tokens))
-        return x, global_tokens
+            global_qkv = self.project_global(global_tokens)
+        q, kv = self.split(self.project(x))
+        weights: Optional[torch.Tensor] = None
+        if self.rank > 0:
+            weights = self.dynamic_projection(x)
+        extra_kv, parts = self.extra_keys(weights, kv, global_qkv)
+        dropout_p = self.attn_drop.p if self.training else 0.
+        out = window_attention(
+            q, kv, extra_kv, self.window_bias(), self.window_size, self.num_heads, dropout_p, self.fused_attn)
+        x = self.proj_drop(self.proj(out))
+        if global_qkv is None:
+            return x, None
+        parts.append(self.attend_global(global_qkv, out, kv))
+        return x, self.proj_drop(self.proj(self.merge_global(parts)))
 
-    def attend(
+    @torch.jit.unused
+    def forward_by_pieces(
             self,
             x: torch.Tensor,
-            qkv: torch.Tensor,
-            global_qkv: Optional[torch.Tensor],
+            global_tokens: Optional[torch.Tensor],
+            before: Tokenwise,
+            after: Finish,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Everything between the projections: from tokens [B, H, W, C] and their [B, H, W, 3 * C] to [B, H, W, C]."""
-        C = self.dim
-        q, kv = qkv[..., :C], self.norm_kv(qkv[..., C:].unflatten(-1, (2, C)))
-        extra_kv = kv[:, :0, 0]  # [B, 0, 2, C]
-        if self.rank > 0:
-            extra_kv = self.landmarks(x, kv)
-        global_q, global_kv = q, kv
-        if global_qkv is not None:
-            global_q, global_kv = global_qkv[..., :C], self.norm_kv(global_qkv[..., C:].unflatten(-1, (2, C)))
-            extra_kv = torch.cat([extra_kv, global_kv], dim=1)
+        """`after(x, forward(before(x), global_tokens))` without a gradient, by pieces of the map.
 
-        bias: Optional[torch.Tensor] = None
-        if self.rel_pos is not None:
-            w, halo = self.window_size, self.window_size + 2 * halo_width(self.window_size)
-            bias = self.rel_pos((w, w), (halo, halo))
-        dropout_p = self.attn_drop.p if self.training else 0.
-        out = window_attention(q, kv, extra_kv, bias, self.window_size, self.num_heads, dropout_p, self.fused_attn)
-
-        global_out: Optional[torch.Tensor] = None
-        if global_qkv is not None:
-            keys = out if self.update_from_outputs else kv[..., 0, :]
-            values = out if self.update_from_outputs else kv[..., 1, :]
-            global_out = self.update_global_tokens(global_q, global_kv, keys.flatten(1, 2), values.flatten(1, 2))
-        return out, global_out
-
-    def landmarks(self, x: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """Distil keys and values [B, H, W, 2, C] into [B, rank, 2, C] by the dynamic projection of x [B, H, W, C]."""
-        weights = softmax(self.dynamic_projection(x).flatten(1, 2), dim=1)
-        return self.norm_landmarks(sum_per_head(weights, kv.flatten(1, 2), self.num_heads))
-
-    def update_global_tokens(
-            self,
-            q: torch.Tensor,
-            own_kv: torch.Tensor,
-            keys: torch.Tensor,
-            values: torch.Tensor,
-    ) -> torch.Tensor:
-        """Let global tokens attend to each other and to the patches.
+        Besides its result, only queries, keys, values and logits of the dynamic projection are held for a whole map.
 
         Args:
-            q: Queries of the global tokens, [B, g, C], not yet scaled.
-            own_kv: Keys and values of the global tokens, [B, g, 2, C].
-            keys: Keys of the patches, [B, N, C].
-            values: Values of the patches, [B, N, C].
+            x: Map, [B, H, W, C].
+            global_tokens: As in `forward`.
+            before: Applied to `x`.
+            after: Applied to `x` and the updated map.
 
         Returns:
-            [B, g, C].
+            The result of `after` and the updated global tokens.
         """
-        g, h = self.num_global_tokens, self.num_heads
-        # block-diagonal queries: the logits of all heads in one product over the keys as they lie in memory
-        q = (q * self.scale).unflatten(-1, (h, self.head_dim)).permute(0, 1, 3, 2)
-        q = q.diag_embed().permute(0, 3, 2, 4, 1).flatten(1, 2).flatten(2)  # [B, C, h * g]
-        weights = softmax(torch.cat([own_kv[:, :, 0] @ q, keys @ q], dim=1), dim=1)
-        return sum_per_head(weights[:, :g], own_kv[:, :, 1], h) + sum_per_head(weights[:, g:], values, h)
+        B, H, W, C = x.shape
+        out = x.new_empty(0)
+        global_outs = []
+        for images in image_groups(x):
+            maps = x[images]
+            pieces = row_pieces(maps, self.window_size)
+            global_qkv = None if global_tokens is None else self.project_global(global_tokens[images])
+            q = kv = weights = maps.new_empty(0)
+            for rows in pieces:
+                start = max(0, rows.start - self.margin)
+                tokens = before(maps[:, start:rows.stop + self.margin])
+                inner = slice(rows.start - start, rows.stop - start)
+                q_rows, kv_rows = self.split(self.project(tokens)[:, inner])
+                if rows.start == 0:
+                    q = q_rows.new_empty(maps.shape)
+                    kv = q_rows.new_empty(maps.shape[:3] + (2, C))
+                q[:, rows], kv[:, rows] = q_rows, kv_rows
+                if self.rank > 0:
+                    logits = self.dynamic_projection(tokens[:, inner])
+                    if rows.start == 0:
+                        weights = logits.new_empty(maps.shape[:3] + logits.shape[3:])
+                    weights[:, rows] = logits
+            extra_kv, parts = self.extra_keys(weights if self.rank > 0 else None, kv, global_qkv)
+            extra_kv, bias = extra_kv.to(q.dtype), self.window_bias()
+            bias = None if bias is None else bias.to(q.dtype)
+            if images.start == 0:
+                out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q.dtype))
+            for rows in pieces:
+                attended = attend_rows(
+                    q[:, rows], kv, extra_kv, bias, self.window_size, self.num_heads, rows.start)
+                if global_qkv is not None:
+                    parts.append(self.attend_global(global_qkv, attended, kv[:, rows]))
+                out[images, rows] = after(maps[:, rows], self.proj_drop(self.proj(attended)))
+            if global_qkv is not None:
+                global_outs.append(self.proj_drop(self.proj(self.merge_global(parts))))
+        return out, torch.cat(global_outs) if global_outs else None
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of a map [B, H, W, C], side by side, [B, H, W, 3 * C]."""
+        return self.qkv(x)
+
+    def project_global(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of global tokens [B, g, C], side by side, [B, g, 3 * C]."""
+        return self.qkv(x)
+
+    def split(self, qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """From [..., 3 * C] to queries [..., C] and normalised keys and values [..., 2, C]."""
+        return qkv[..., :self.dim], self.norm_kv(qkv[..., self.dim:].unflatten(-1, (2, self.dim)))
+
+    def extra_keys(
+            self,
+            weights: Optional[torch.Tensor],
+            kv: torch.Tensor,
+            global_qkv: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, List[Tuple[torch.Tensor, torch.Tensor]]]:
+        """What all queries of an image see besides their windows: landmarks, then global tokens.
+
+        Args:
+            weights: Logits of the dynamic projection, [B, H, W, num_heads * rank]; None without landmarks.
+            kv: Keys and values of the map, [B, H, W, 2, C].
+            global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C]; None without.
+
+        Returns:
+            Their keys and values, [B, rank + g, 2, C], and a list with the global tokens' attention to themselves, if
+            there are any: the first part for `merge_global`.
+        """
+        parts: List[Tuple[torch.Tensor, torch.Tensor]] = []
+        extra_kv = kv[:, :0, 0]  # [B, 0, 2, C]
+        if weights is not None:
+            extra_kv = self.landmarks(weights, kv)
+        if global_qkv is not None:
+            global_q, global_kv = self.split(global_qkv)
+            extra_kv = torch.cat([extra_kv, global_kv], dim=1)
+            parts.append(attend_part(global_q, global_kv[:, :, 0], global_kv[:, :, 1], self.num_heads))
+        return extra_kv, parts
+
+    def window_bias(self) -> Optional[torch.Tensor]:
+        """Bias of the halo logits, [num_heads, w, w, w + 2p, w + 2p]."""
+        if self.rel_pos is None:
+            return None
+        w, halo = self.window_size, self.window_size + 2 * halo_width(self.window_size)
+        return self.rel_pos((w, w), (halo, halo))
+
+    def landmarks(self, weights: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """Distil keys and values [B, H, W, 2, C] into [B, rank, 2, C] by the dynamic projection's logits."""
+        weights = softmax(weights.flatten(1, 2), dim=1)
+        return self.norm_landmarks(sum_per_head(weights, kv.flatten(1, 2), self.num_heads))
+
+    def attend_global(
+            self,
+            global_qkv: torch.Tensor,
+            out: torch.Tensor,
+            kv: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """A part for `merge_global`: what global tokens get from a map, or from some of its rows.
+
+        Args:
+            global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C].
+            out: Outputs of the map's tokens, [B, H, W, C].
+            kv: Keys and values of the map's tokens, [B, H, W, 2, C].
+        """
+        keys = out if self.update_from_outputs else kv[..., 0, :]
+        values = out if self.update_from_outputs else kv[..., 1, :]
+        return attend_part(global_qkv[..., :self.dim], keys.flatten(1, 2), values.flatten(1, 2), self.num_heads)
+
+    def merge_global(self, parts: List[Tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """One attention of global tokens, [B, g, C], from its parts (`attend_part`)."""
+        outs = torch.stack([part[0] for part in parts])
+        weights = torch.stack([part[1] for part in parts]).softmax(dim=0).to(outs.dtype)
+        return (outs.unflatten(-1, (self.num_heads, self.head_dim)) * weights[..., None]).sum(dim=0).flatten(2)
 
 
 class GlobalAttention2d(nn.Module):
@@ -255,6 +369,8 @@ class GlobalAttention2d(nn.Module):
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.
     """
+    takes_pieces: Final[bool] = True  # has `forward_by_pieces`
+
     fused_attn: Final[bool]
     num_global_tokens: Final[int]
 
@@ -278,6 +394,7 @@ class GlobalAttention2d(nn.Module):
         self.head_dim = dim // num_heads
         self.num_global_tokens = num_global_tokens
         self.fused_attn = use_fused_attn()
+        self.bias_bytes = 64 * 2 ** 20  # of the bias to hold at a time, where the map is not taken by pieces
 
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias, **dd)
         if rel_pos_bias:
@@ -319,6 +436,45 @@ class GlobalAttention2d(nn.Module):
         x = out[:, g:].unflatten(1, (H, W))
         return x, out[:, :g] if g > 0 else None
 
+    @torch.jit.unused
+    def forward_by_pieces(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor],
+            before: Tokenwise,
+            after: Finish,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """See `LongShortAttention2d.forward_by_pieces`."""
+        B, H, W, C = x.shape
+        g = self.num_global_tokens
+        out = x.new_empty(0)
+        global_outs = []
+        for images in image_groups(x):
+            maps = x[images]
+            qkv = x.new_empty(0)
+            for rows in row_pieces(maps):
+                qkv_rows = self.qkv(before(maps[:, rows]).flatten(1, 2))
+                if rows.start == 0:
+                    qkv = qkv_rows.new_empty(maps.shape[0], g + H * W, 3 * C)
+                qkv[:, g + rows.start * W:g + rows.stop * W] = qkv_rows
+            if global_tokens is not None:
+                qkv[:, :g] = self.qkv(global_tokens[images])
+            q, k, v = qkv.chunk(3, dim=-1)
+            table, global_bias = self.bias_table(H, W), self.bias_to_global()
+            if images.start == 0:
+                out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q.dtype))
+            row_bytes = max(maps[:, :1].numel() * maps.element_size(), bias_row_bytes(k, self.num_heads, W))
+            for rows in row_pieces(maps, row_bytes=row_bytes):
+                num_rows = rows.stop - rows.start
+                attended = attend_grid_rows(
+                    q[:, g + rows.start * W:g + rows.stop * W], k, v, table, global_bias, (H, W), rows.start, num_rows,
+                    1, self.num_heads, 0., self.fused_attn)
+                dx = self.proj_drop(self.proj(attended.unflatten(1, (num_rows, W))))
+                out[images, rows] = after(maps[:, rows], dx)
+            if g > 0:
+                global_outs.append(self.proj_drop(self.proj(self.attend_from_global(q[:, :g], k, v))))
+        return out, torch.cat(global_outs) if global_outs else None
+
     def attend(
             self,
             q: torch.Tensor,
@@ -341,21 +497,139 @@ class GlobalAttention2d(nn.Module):
         Returns:
             [B, g + height * width, C].
         """
-        h, d = self.num_heads, self.head_dim
-        q = q.unflatten(-1, (h, d)).transpose(1, 2)
-        k = k.unflatten(-1, (h, d)).transpose(1, 2)
-        v = v.unflatten(-1, (h, d)).transpose(1, 2)
+        g = self.num_global_tokens
+        dropout_p = self.attn_drop.p if self.training else 0.
+        out = attend_grid(
+            q[:, g:], k, v, self.bias_table(height, width), self.bias_to_global(), (height, width), kv_stride,
+            self.num_heads, dropout_p, self.fused_attn, self.bias_bytes)
+        if g == 0:
+            return out
+        return torch.cat([self.attend_from_global(q[:, :g], k, v), out], dim=1)
+
+    def attend_from_global(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention of the global tokens, [B, g, C], to all keys and values as in `attend`."""
         bias: Optional[torch.Tensor] = None
         if self.rel_pos is not None:
-            bias = self.rel_pos((height, width), (height, width))
-            if kv_stride > 1:
-                bias = bias[..., ::kv_stride, ::kv_stride]
-            bias = bias.flatten(3).flatten(1, 2)
-            if self.num_global_tokens > 0:
-                bias = self.rel_pos.forward_global(bias)
-            bias = bias.to(q.dtype)
+            bias = self.rel_pos.from_global(k.shape[1] - self.num_global_tokens)
         dropout_p = self.attn_drop.p if self.training else 0.
-        return attend(q, k, v, bias, dropout_p, self.fused_attn).transpose(1, 2).flatten(2)
+        return attend_heads(q, k, v, bias, self.num_heads, dropout_p, self.fused_attn)
+
+    def bias_table(self, height: int, width: int) -> Optional[torch.Tensor]:
+        """The bias table for a map of this size, [num_heads, 2 * height - 1, 2 * width - 1]."""
+        if self.rel_pos is None:
+            return None
+        return self.rel_pos.resized_table((height, width), (height, width))
+
+    def bias_to_global(self) -> Optional[torch.Tensor]:
+        """Bias of all patches for the global tokens, [num_heads, g]."""
+        if self.rel_pos is None or self.num_global_tokens == 0:
+            return None
+        return self.rel_pos.to_global()
+
+
+def attend_heads(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """`attend` for queries [B, L, C], keys and values [B, S, C] with a bias [num_heads, L, S]; gives [B, L, C]."""
+    q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    k = k.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    v = v.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    return attend(q, k, v, bias, dropout_p, fused).transpose(1, 2).flatten(2)
+
+
+def attend_grid_rows(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        table: Optional[torch.Tensor],
+        global_bias: Optional[torch.Tensor],
+        grid_size: Tuple[int, int],
+        first_row: int,
+        num_rows: int,
+        kv_stride: int,
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """Full attention of some rows of a map, whose bias exists for these rows only.
+
+    Args:
+        q: Queries of rows `first_row` and on, [B, num_rows * width, C].
+        k: Keys of global tokens and of every `kv_stride`-th row and column, the first included, [B, g + N, C].
+        v: Values of the same tokens, [B, g + N, C].
+        table: Bias of the offsets within the map, [num_heads, 2 * height - 1, 2 * width - 1].
+        global_bias: Bias for the global tokens, [num_heads, g].
+        grid_size: Rows and columns of the map.
+        first_row: Row of the first query.
+        num_rows: Rows of queries.
+        kv_stride: Rows and columns from one key to the next.
+        num_heads: Heads that share the C channels.
+        dropout_p: Probability of dropping an attention weight.
+        fused: Use torch's `scaled_dot_product_attention`.
+
+    Returns:
+        [B, num_rows * width, C].
+    """
+    bias: Optional[torch.Tensor] = None
+    if table is not None:
+        height, width = grid_size
+        table = table.narrow(1, first_row, num_rows + height - 1)  # the offset to the last key comes first
+        bias = position_bias(table, (num_rows, width), grid_size)
+        if kv_stride > 1:
+            bias = bias[..., ::kv_stride, ::kv_stride]
+        bias = bias.flatten(3).flatten(1, 2)
+        if global_bias is not None:
+            bias = torch.cat([global_bias.unsqueeze(1).expand(-1, bias.shape[1], -1), bias], dim=-1)
+    return attend_heads(q, k, v, bias, num_heads, dropout_p, fused)
+
+
+@torch.fx.wrap
+def attend_grid(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        table: Optional[torch.Tensor],
+        global_bias: Optional[torch.Tensor],
+        grid_size: Tuple[int, int],
+        kv_stride: int,
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+        bias_bytes: int,
+) -> torch.Tensor:
+    """Full attention of a map; see `attend_grid_rows`. Where its bias exceeds `bias_bytes`, some rows at a time."""
+    height, width = grid_size
+    if not is_tracing_shapes():
+        rows = max(1, bias_bytes // max(1, bias_row_bytes(k, num_heads, width)))
+        if rows < height:
+            outs: List[torch.Tensor] = []
+            for start in range(0, height, rows):
+                num_rows = min(rows, height - start)
+                part = q[:, start * width:(start + num_rows) * width]
+                if torch.is_grad_enabled() and not torch.jit.is_scripting():  # the backward pass makes the bias anew
+                    outs.append(checkpoint(
+                        attend_grid_rows, part, k, v, table, global_bias, grid_size, start, num_rows, kv_stride,
+                        num_heads, dropout_p, fused))
+                else:
+                    outs.append(attend_grid_rows(
+                        part, k, v, table, global_bias, grid_size, start, num_rows, kv_stride, num_heads, dropout_p,
+                        fused))
+            return torch.cat(outs, dim=1)
+    return attend_grid_rows(
+        q, k, v, table, global_bias, grid_size, 0, height, kv_stride, num_heads, dropout_p, fused)
+
+
+def bias_row_bytes(k: torch.Tensor, num_heads: int, width: int) -> int:
+    """Bytes of the bias of a row of `width` queries for keys [B, S, C]."""
+    return num_heads * width * k.shape[1] * k.element_size()
 
 
 def _num_offsets(grid_size: Tuple[int, int]) -> Tuple[int, int]:

@@ -1,23 +1,31 @@
 """What the families share: a block, a stage, and a pyramid of stages that keeps timm's contract for a backbone."""
+from itertools import accumulate
+from operator import mul
 from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, SelectAdaptivePool2d, get_device_dtype, trunc_normal_
+from timm.layers import (
+    DropPath,
+    Mlp,
+    SelectAdaptivePool2d,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    trunc_normal_,
+)
 from timm.models import checkpoint, named_apply
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
+from .streaming import takes_pieces
 from .window import ceil_div, is_tracing_shapes
+from .window_attention import is_automatic
 
 __all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'feature_config', 'pad_to_multiple']
-
-# Bytes of a map that token-wise layers take at a time where no gradient is needed; what they allocate is as small then
-PIECE_BYTES = 2 * 2 ** 20
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
@@ -47,43 +55,12 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     return x
 
 
-def keeps_activations(x: torch.Tensor) -> bool:
-    """Whether what is computed from `x` stays: for a gradient, or as a graph that is being captured."""
-    return torch.is_grad_enabled() or is_tracing_shapes() or isinstance(x, torch.fx.Proxy)
-
-
-def apply_by_pieces(layers: Tuple[Callable[[torch.Tensor], torch.Tensor], ...], x: torch.Tensor) -> torch.Tensor:
-    """Apply layers that treat tokens one by one to a map [B, H, W, ...], a piece of about `PIECE_BYTES` at a time.
-
-    What they allocate on the way is as large as a piece then, and stays in cache. Where activations are kept there is
-    nothing to gain, and they see the whole map.
-    """
-    def apply(tokens: torch.Tensor) -> torch.Tensor:
-        for layer in layers:
-            tokens = layer(tokens)
-        return tokens
-
-    if keeps_activations(x):
-        return apply(x)
-    tokens = x.flatten(0, 2)
-    pieces = ceil_div(tokens.numel() * x.element_size(), PIECE_BYTES)
-    if pieces <= 1:
-        return apply(x)
-    size = ceil_div(tokens.shape[0], pieces)
-    first = apply(tokens[:size])  # knows the dtype
-    out = first.new_empty(tokens.shape[0], first.shape[-1])
-    out[:size] = first
-    for start in range(size, tokens.shape[0], size):
-        out[start:start + size] = apply(tokens[start:start + size])
-    return out.reshape(x.shape[:3] + out.shape[-1:])
-
-
 class Block(nn.Module):
     """Pre-norm attention and MLP over a map of tokens and its global tokens.
 
     Args:
         dim: Channels.
-        attn: Attention layer, from (map, global tokens) to the same.
+        attn: Attention layer, from (map, global tokens) to the same; with `takes_pieces`, by pieces in inference.
         mlp_ratio: MLP width over `dim`.
         proj_drop: Dropout probability in the MLP.
         drop_path: Probability of skipping each of the two branches, for an image as a whole.
@@ -119,17 +96,27 @@ class Block(nn.Module):
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
         norm_tokens = self.norm1(global_tokens) if global_tokens is not None else None
+        if not torch.jit.is_scripting() and self.takes_pieces(x):
+            x, d_tokens = self.attn.forward_by_pieces(x, norm_tokens, self.norm1, self.finish)
+            if global_tokens is not None:
+                global_tokens = self.finish(global_tokens, d_tokens)
+            return x, global_tokens
         dx, d_tokens = self.attn(self.norm1(x), norm_tokens)
         x, global_tokens = self.add(x, dx, global_tokens, d_tokens)
         d_tokens = self.mlp(self.norm2(global_tokens)) if global_tokens is not None else None
-        return self.add(x, self.mlp_branch(x), global_tokens, d_tokens)
+        return self.add(x, self.mlp(self.norm2(x)), global_tokens, d_tokens)
 
-    def mlp_branch(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP of a map, a piece at a time where no gradient is needed."""
-        if torch.jit.is_scripting():
-            return self.mlp(self.norm2(x))
-        else:
-            return apply_by_pieces((self.norm2, self.mlp), x)
+    @torch.jit.unused
+    def takes_pieces(self, x: torch.Tensor) -> bool:
+        """Whether to go by pieces of the map: in inference, unless timm or the user chose how attention is computed."""
+        attn = self.attn
+        return getattr(attn, 'takes_pieces', False) and attn.fused_attn and is_automatic() and takes_pieces(self, x)
+
+    @torch.jit.unused
+    def finish(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
+        """Add what attention gives for some tokens, and then what the MLP does."""
+        x = x + dx
+        return x + self.mlp(self.norm2(x))
 
     def add(
             self,
@@ -210,31 +197,48 @@ class PyramidTransformer(nn.Module):
     """Stages, a final norm, pooling and a classifier, with the methods that timm and its clients expect.
 
     Args:
-        stages: The levels, each from NCHW to NCHW; the last one may return global tokens.
-        attn_types: Attention of each level, 'ls' or 'full'.
-        dims: Channels of each level.
-        reductions: Stride of each level with respect to the image.
-        num_global_tokens: Global tokens that the last stage returns; 0 if it returns a map.
+        embed_dims: Channels per stage.
+        depths: Blocks per stage.
+        strides: Stride of each stage with respect to the one before.
+        attn_types: Attention per stage, a key of `make_attn`.
+        num_global_tokens: Global tokens per stage. Those of the last stage are kept for pooling.
+        make_embed: From a stage's index and input channels to its patch embedding, NCHW to NHWC.
+        make_attn: For each kind of attention, from a stage's index to the attention of one of its blocks.
+        mlp_ratio: MLP width over channels.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' (none) or, if the last stage returns global tokens,
             'token'.
         drop_rate: Dropout probability before the classifier.
+        pos_drop_rate: Dropout probability after each patch embedding.
+        proj_drop_rate: Dropout probability in MLPs.
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         norm_layer: From channels to a norm over the last dimension.
+        act_layer: Activation of the MLPs.
+
+    Raises:
+        ValueError: A stage has an attention that `make_attn` does not know, or the model no such pooling.
     """
 
     def __init__(
             self,
-            stages: List[Stage],
+            embed_dims: Tuple[int, ...],
+            depths: Tuple[int, ...],
+            strides: Tuple[int, ...],
             attn_types: Tuple[str, ...],
-            dims: Tuple[int, ...],
-            reductions: Tuple[int, ...],
-            num_global_tokens: int,
+            num_global_tokens: Tuple[int, ...],
+            make_embed: Callable[[int, int], nn.Module],
+            make_attn: Dict[str, Callable[[int], nn.Module]],
+            mlp_ratio: float,
             in_chans: int,
             num_classes: int,
             global_pool: str,
             drop_rate: float,
+            pos_drop_rate: float,
+            proj_drop_rate: float,
+            drop_path_rate: float,
             norm_layer: Callable[..., nn.Module],
+            act_layer: Callable[..., nn.Module],
             device: torch.types.Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
@@ -242,18 +246,46 @@ class PyramidTransformer(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.num_features = dims[-1]
-        self.num_global_tokens = num_global_tokens
-        self.attn_types = attn_types
-        self.reductions = list(reductions)  # a script indexes lists only
+        self.num_features = embed_dims[-1]
+        self.num_global_tokens = num_global_tokens[-1]
+        self.attn_types = tuple(attn_types)
+        self.reductions = list(accumulate(strides, mul))  # a list: a script indexes no tuple
         self.grad_checkpointing = False
         self.feature_info = [
             dict(num_chs=dim, reduction=reduction, module=f'stages.{i}')
-            for i, (dim, reduction) in enumerate(zip(dims, reductions))
+            for i, (dim, reduction) in enumerate(zip(embed_dims, self.reductions))
         ]
 
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            if attn_types[i] not in make_attn:
+                raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
+            embed = make_embed(i, in_chans if i == 0 else embed_dims[i - 1])
+            blocks = [
+                Block(
+                    dim,
+                    make_attn[attn_types[i]](i),
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=rate,
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    **dd,
+                )
+                for rate in drop_path_rates[i]
+            ]
+            stages.append(Stage(
+                dim,
+                embed,
+                blocks,
+                num_global_tokens=num_global_tokens[i],
+                return_global_tokens=i == len(embed_dims) - 1,
+                pos_drop=pos_drop_rate,
+                **dd,
+            ))
         self.stages = nn.Sequential(*stages)
-        self.norm = norm_layer(dims[-1], **dd)
+        self.norm = norm_layer(embed_dims[-1], **dd)
         self.set_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()

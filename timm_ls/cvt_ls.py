@@ -8,22 +8,21 @@ leaves open follows CvT, and each entrypoint says how far that goes.
 """
 import re
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any, Callable, Dict, Final, List, Optional, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model, reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .attention import GlobalAttention2d, LongShortAttention2d
 from .backbone import (
-    Block,
     PyramidTransformer,
-    Stage,
-    apply_by_pieces,
     check_stages,
     feature_config,
     grid_size,
@@ -173,18 +172,6 @@ class ConvQkv(nn.Module):
             return self.project(maps[..., 0], kv[..., 0], kv[..., 1])
         return self.project(maps[..., 0], maps[..., 1], maps[..., 2])
 
-    def joined(self, x: torch.Tensor) -> torch.Tensor:
-        """From a map [B, H, W, C] to its queries, keys and values side by side, [B, H, W, 3 * C]; for stride 1."""
-        maps = self.depthwise(x)
-        if torch.jit.is_scripting():
-            return self.join(maps)
-        else:
-            return apply_by_pieces((self.join,), maps)
-
-    def join(self, maps: torch.Tensor) -> torch.Tensor:
-        """Apply the linear layers to the convolved maps [..., C, 3] and join the results, [..., 3 * C]."""
-        return torch.cat(self.project(maps[..., 0], maps[..., 1], maps[..., 2]), dim=-1)
-
     def project(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> List[torch.Tensor]:
         """The linear layers alone, over the last dimension; global tokens have no neighbours to convolve."""
         q = self.q(q)
@@ -241,22 +228,15 @@ class ConvLongShortAttention2d(LongShortAttention2d):
         super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias, **kwargs, **dd)
         del self.qkv  # in its place:
         self.conv_qkv = ConvQkv(dim, qkv_bias, query_scale=query_scale(attn_scale, num_heads), **dd)
+        self.margin = 1
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            global_tokens: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
-        global_qkv: Optional[torch.Tensor] = None
-        if self.num_global_tokens > 0:
-            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
-            global_qkv = torch.cat(self.conv_qkv.project(global_tokens, global_tokens, global_tokens), dim=-1)
-        x, global_tokens = self.attend(x, self.conv_qkv.joined(x), global_qkv)
-        x = self.proj_drop(self.proj(x))
-        if global_tokens is not None:
-            global_tokens = self.proj_drop(self.proj(global_tokens))
-        return x, global_tokens
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of a map [B, H, W, C], side by side, [B, H, W, 3 * C]."""
+        return torch.cat(self.conv_qkv(x), dim=-1)
+
+    def project_global(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of global tokens [B, g, C], side by side, [B, g, 3 * C]."""
+        return torch.cat(self.conv_qkv.project(x, x, x), dim=-1)
 
 
 class ConvGlobalAttention2d(GlobalAttention2d):
@@ -275,6 +255,8 @@ class ConvGlobalAttention2d(GlobalAttention2d):
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
+
+    takes_pieces: Final[bool] = False  # strided keys belong to no run of rows
 
     def __init__(
             self,
@@ -396,23 +378,27 @@ class CvtLs(PyramidTransformer):
         check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
                      patch_strides=patch_strides, patch_paddings=patch_paddings, attn_types=attn_types,
                      num_global_tokens=num_global_tokens, kv_stride=kv_strides)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        for i, stride in enumerate(kv_strides):
+            if attn_types[i] == 'ls' and stride != 1:
+                raise ValueError(
+                    f"kv_stride={stride} in stage {i}, whose attention is 'ls': windows need a key at every token,"
+                    " kv_stride=1; strided keys and values need 'full' in attn_types.")
+        reductions = list(accumulate(patch_strides, mul))
 
-        stages, reductions, reduction = [], [], 1
-        for i, dim in enumerate(embed_dims):
-            reduction *= patch_strides[i]
-            reductions.append(reduction)
-            is_last = i == len(embed_dims) - 1
-            embed = ConvEmbed(
-                in_chans if i == 0 else embed_dims[i - 1],
-                dim,
+        def make_embed(i: int, in_chans: int) -> nn.Module:
+            return ConvEmbed(
+                in_chans,
+                embed_dims[i],
                 kernel_size=patch_sizes[i],
                 stride=patch_strides[i],
                 padding=patch_paddings[i],
                 norm_layer=norm_layer,
                 **dd,
             )
-            attn_args = dict(
+
+        def attn_args(i: int) -> Dict[str, Any]:
+            return dict(
+                dim=embed_dims[i],
                 num_heads=num_heads[i],
                 num_global_tokens=num_global_tokens[i],
                 qkv_bias=qkv_bias,
@@ -422,51 +408,33 @@ class CvtLs(PyramidTransformer):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            if attn_types[i] == 'ls' and kv_strides[i] != 1:
-                raise ValueError(
-                    f"kv_stride={kv_strides[i]} in stage {i}, whose attention is 'ls': windows need a key at every"
-                    " token, kv_stride=1; strided keys and values need 'full' in attn_types.")
-            blocks = []
-            for j in range(depths[i]):
-                if attn_types[i] == 'ls':
-                    attn = ConvLongShortAttention2d(
-                        dim, window_size=window_size, rank=rank, global_update=global_update, **attn_args)
-                elif attn_types[i] == 'full':
-                    attn = ConvGlobalAttention2d(
-                        dim, grid_size=grid_size(img_size, reduction), kv_stride=kv_strides[i], **attn_args)
-                else:
-                    raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
-                blocks.append(Block(
-                    dim,
-                    attn,
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    drop_path=drop_path_rates[i][j],
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    **dd,
-                ))
-            stages.append(Stage(
-                dim,
-                embed,
-                blocks,
-                num_global_tokens=num_global_tokens[i],
-                return_global_tokens=is_last,
-                pos_drop=pos_drop_rate,
-                **dd,
-            ))
+
+        def make_long_short(i: int) -> nn.Module:
+            return ConvLongShortAttention2d(
+                window_size=window_size, rank=rank, global_update=global_update, **attn_args(i))
+
+        def make_full(i: int) -> nn.Module:
+            return ConvGlobalAttention2d(
+                grid_size=grid_size(img_size, reductions[i]), kv_stride=kv_strides[i], **attn_args(i))
 
         super().__init__(
-            stages,
-            attn_types=tuple(attn_types),
-            dims=tuple(embed_dims),
-            reductions=tuple(reductions),
-            num_global_tokens=num_global_tokens[-1],
+            embed_dims=embed_dims,
+            depths=depths,
+            strides=patch_strides,
+            attn_types=attn_types,
+            num_global_tokens=num_global_tokens,
+            make_embed=make_embed,
+            make_attn=dict(ls=make_long_short, full=make_full),
+            mlp_ratio=mlp_ratio,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
             norm_layer=norm_layer,
+            act_layer=act_layer,
             **dd,
         )
 

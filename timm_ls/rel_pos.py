@@ -30,8 +30,18 @@ def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tenso
 
 
 @torch.fx.wrap
+def fit_bias_table(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
+    """The table itself where it has the offsets between these grids, resized (`resize_bias_table`) where not."""
+    size = (query_size[0] + key_size[0] - 1, query_size[1] + key_size[1] - 1)
+    # a comparison of symbolic sizes would tie the graph to one image size; resizing to the same size is the identity
+    if is_tracing_shapes() or table.shape[1] != size[0] or table.shape[2] != size[1]:
+        table = resize_bias_table(table, size)
+    return table
+
+
+@torch.fx.wrap
 def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
-    """Look up the bias of every query for every key, resizing the table where it has other offsets than these.
+    """Look up the bias of every query for every key.
 
     The offset of query row `y` to key row `k` is found at table row `y - k + key rows - 1`, likewise for columns:
     the first query sees the last key at the table's first row, the last query the first key at its last row.
@@ -47,15 +57,11 @@ def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tu
     qh, qw = query_size
     kh, kw = key_size
     device = table.device
-    size = (qh + kh - 1, qw + kw - 1)
-    # a comparison of symbolic sizes would tie the graph to one image size; resizing to the same size is the identity
-    if is_tracing_shapes() or table.shape[1] != size[0] or table.shape[2] != size[1]:
-        table = resize_bias_table(table, size)
     rows = torch.arange(qh, device=device)[:, None] - torch.arange(kh, device=device) + kh - 1
     cols = torch.arange(qw, device=device)[:, None] - torch.arange(kw, device=device) + kw - 1
     # one gather per axis: dimensions are broadcast, not split, as symbolic sizes are hard to divide
     heads = table.shape[0]
-    bias = table[:, None].expand(-1, qh, -1, -1).gather(2, rows[None, :, :, None].expand(heads, -1, -1, size[1]))
+    bias = table[:, None].expand(-1, qh, -1, -1).gather(2, rows[None, :, :, None].expand(heads, -1, -1, qw + kw - 1))
     index = cols[None, None, :, None].expand(heads, qh, -1, kh, -1)
     return bias[:, :, None].expand(-1, -1, qw, -1, -1).gather(4, index)
 
@@ -130,13 +136,20 @@ class RelPosBias2d(nn.Module):
 
     def forward(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
         """Bias between grids, [num_heads, query rows, query cols, key rows, key cols], resized to fit if need be."""
-        return position_bias(self.table, query_size, key_size)
+        return position_bias(self.resized_table(query_size, key_size), query_size, key_size)
 
-    def forward_global(self, bias: torch.Tensor) -> torch.Tensor:
-        """Extend a patch-to-patch bias [num_heads, M, N] by the global tokens in front, [num_heads, g + M, g + N]."""
+    def resized_table(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
+        """The table for the offsets between two grids, [num_heads, query + key rows - 1, query + key cols - 1]."""
+        return fit_bias_table(self.table, query_size, key_size)
+
+    def from_global(self, num_patches: int) -> torch.Tensor:
+        """Bias of global queries for global tokens and patches, [num_heads, g, g + num_patches]."""
         global_patch, global_global = self.global_patch, self.global_global
         assert global_patch is not None and global_global is not None
-        M, N, g = bias.shape[-2], bias.shape[-1], global_patch.shape[-1]
-        from_global = torch.cat([global_global, global_patch[0].unsqueeze(-1).expand(-1, g, N)], dim=-1)
-        from_patch = torch.cat([global_patch[1].unsqueeze(1).expand(-1, M, g), bias], dim=-1)
-        return torch.cat([from_global, from_patch], dim=1)
+        return torch.cat([global_global, global_patch[0].unsqueeze(-1).expand(-1, -1, num_patches)], dim=-1)
+
+    def to_global(self) -> torch.Tensor:
+        """Bias of every patch for the global tokens, [num_heads, g]."""
+        global_patch = self.global_patch
+        assert global_patch is not None
+        return global_patch[1]

@@ -6,17 +6,19 @@ Released weights: https://github.com/NVIDIA/transformer-ls (MIT)
 """
 import re
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import calculate_drop_path_rates, get_act_layer, get_norm_layer
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs, register_model
 
 from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import Block, PyramidTransformer, Stage, check_stages, feature_config, grid_size, pad_to_multiple
+from .backbone import PyramidTransformer, check_stages, feature_config, grid_size, pad_to_multiple
 from .checkpoint import unwrap_state_dict
 from .pretrained import build_model, published_sources
 from .rel_pos import expand_aliased_table, resize_bias_table
@@ -120,15 +122,14 @@ class VilLs(PyramidTransformer):
         act_layer = get_act_layer(act_layer)
         check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
                      attn_types=attn_types, num_global_tokens=num_global_tokens)
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        reductions = list(accumulate(patch_sizes, mul))
 
-        stages, reductions, reduction = [], [], 1
-        for i, dim in enumerate(embed_dims):
-            reduction *= patch_sizes[i]
-            reductions.append(reduction)
-            is_last = i == len(embed_dims) - 1
-            embed = PatchEmbed(in_chans if i == 0 else embed_dims[i - 1], dim, patch_sizes[i], norm_layer, **dd)
-            attn_args = dict(
+        def make_embed(i: int, in_chans: int) -> nn.Module:
+            return PatchEmbed(in_chans, embed_dims[i], patch_sizes[i], norm_layer, **dd)
+
+        def attn_args(i: int) -> Dict[str, Any]:
+            return dict(
+                dim=embed_dims[i],
                 num_heads=num_heads[i],
                 num_global_tokens=num_global_tokens[i],
                 qkv_bias=qkv_bias,
@@ -137,46 +138,32 @@ class VilLs(PyramidTransformer):
                 proj_drop=proj_drop_rate,
                 **dd,
             )
-            blocks = []
-            for j in range(depths[i]):
-                if attn_types[i] == 'ls':
-                    attn = LongShortAttention2d(
-                        dim, window_size=window_size, rank=rank, global_update=global_update, **attn_args)
-                elif attn_types[i] == 'full':
-                    attn = GlobalAttention2d(dim, grid_size=grid_size(img_size, reduction), **attn_args)
-                else:
-                    raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
-                blocks.append(Block(
-                    dim,
-                    attn,
-                    mlp_ratio=mlp_ratio,
-                    proj_drop=proj_drop_rate,
-                    drop_path=drop_path_rates[i][j],
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
-                    **dd,
-                ))
-            stages.append(Stage(
-                dim,
-                embed,
-                blocks,
-                num_global_tokens=num_global_tokens[i],
-                return_global_tokens=is_last,
-                pos_drop=pos_drop_rate,
-                **dd,
-            ))
+
+        def make_long_short(i: int) -> nn.Module:
+            return LongShortAttention2d(
+                window_size=window_size, rank=rank, global_update=global_update, **attn_args(i))
+
+        def make_full(i: int) -> nn.Module:
+            return GlobalAttention2d(grid_size=grid_size(img_size, reductions[i]), **attn_args(i))
 
         super().__init__(
-            stages,
-            attn_types=tuple(attn_types),
-            dims=tuple(embed_dims),
-            reductions=tuple(reductions),
-            num_global_tokens=num_global_tokens[-1],
+            embed_dims=embed_dims,
+            depths=depths,
+            strides=patch_sizes,
+            attn_types=attn_types,
+            num_global_tokens=num_global_tokens,
+            make_embed=make_embed,
+            make_attn=dict(ls=make_long_short, full=make_full),
+            mlp_ratio=mlp_ratio,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
             norm_layer=norm_layer,
+            act_layer=act_layer,
             **dd,
         )
 

@@ -3,7 +3,8 @@
 `window_attention` is the one place that chooses between them:
 
 - 'tiled': windows grouped by the part of their halo that lies inside the map, so that all keys are valid and no mask
-  exists; a bounded number of windows at a time; the backward pass recomputes what it needs. Eager mode.
+  exists; a bounded number of windows at a time; the backward pass recomputes what it needs. Eager mode. In inference,
+  blocks call it for a few rows of queries at a time (`attend_rows`).
 - 'masked': one gather and one attention call over all windows, with a mask. No Python decision depends on a size, so
   that it can be scripted, traced, compiled and exported with dynamic sizes; plain autograd.
 """
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from .window import (
     AxisSpan,
     axis_spans,
+    ceil_div,
     halo_width,
     is_tracing_shapes,
     token_index,
@@ -25,7 +27,7 @@ from .window import (
     window_view,
 )
 
-__all__ = ['attend', 'attention_implementation', 'softmax', 'window_attention']
+__all__ = ['attend', 'attend_rows', 'attention_implementation', 'is_automatic', 'softmax', 'window_attention']
 
 IMPLEMENTATIONS = ('auto', 'tiled', 'masked')
 _implementation: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
@@ -42,8 +44,8 @@ def attention_implementation(name: str) -> Iterator[None]:
     masked one.
 
     Args:
-        name: 'tiled', 'masked', or 'auto' (the default: tiled in eager mode, masked where a graph is captured and
-            where attention dropout is active).
+        name: 'tiled' or 'masked', for a map as a whole, or 'auto' (the default: tiled in eager mode, by pieces of the
+            map in inference; masked where a graph is captured and where attention dropout is active).
 
     Raises:
         ValueError: The name is unknown.
@@ -128,6 +130,11 @@ def window_attention(
         return _TiledAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)
 
 
+def is_automatic() -> bool:
+    """Whether no implementation is forced."""
+    return _implementation.get() == 'auto'
+
+
 def _masked(
         q: torch.Tensor,
         kv: torch.Tensor,
@@ -176,11 +183,11 @@ class _Tile(NamedTuple):
     row: AxisSpan
     col: AxisSpan
 
-    def queries(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
-        """View of the tile's queries in a map, [b, n, m, query rows, query cols, C]."""
+    def queries(self, x: torch.Tensor, window_size: int, first_row: int = 0) -> torch.Tensor:
+        """View of the tile's queries in a map from row `first_row` on, [b, n, m, query rows, query cols, C]."""
         return window_view(
             x[self.images],
-            self.row.query_start, self.row.query_size, self.row.count,
+            self.row.query_start - first_row, self.row.query_size, self.row.count,
             self.col.query_start, self.col.query_size, self.col.count,
             stride=window_size,
         )
@@ -202,21 +209,31 @@ class _Tile(NamedTuple):
             row.halo_offset:row.halo_offset + row.key_size, col.halo_offset:col.halo_offset + col.key_size]
 
 
-def _tiles(batch: int, height: int, width: int, window_size: int, key_bytes: int) -> Iterator[_Tile]:
-    """Cut a batch of maps into tiles of about `TILE_BYTES` of gathered keys, at `key_bytes` per key and image."""
+def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -> Iterator[_Tile]:
+    """Cut the windows of queries [B, rows, W, C] into tiles of about `TILE_BYTES` of gathered keys.
+
+    Args:
+        height: Rows of the maps.
+        q: Queries of some of these rows, whole windows.
+        window_size: Rows and columns of a window.
+        first_row: Where in the maps the queries start.
+    """
+    B, rows, W, C = q.shape
     for row in axis_spans(height, window_size):
-        for col in axis_spans(width, window_size):
-            row_bytes = col.count * row.key_size * col.key_size * key_bytes  # one row of windows, one image
-            images = max(1, min(batch, TILE_BYTES // (row_bytes * row.count)))
-            rows = row.count if images > 1 else min(row.count, max(1, TILE_BYTES // row_bytes))
-            for first in range(0, row.count, rows):
+        skipped = max(0, (first_row - row.query_start) // window_size)  # windows before the first
+        stop = min(row.count, ceil_div(first_row + rows - row.query_start, window_size))
+        for col in axis_spans(W, window_size):
+            row_bytes = col.count * row.key_size * col.key_size * 2 * C * q.element_size()  # a row of windows
+            images = max(1, min(B, TILE_BYTES // (row_bytes * row.count)))
+            count = row.count if images > 1 else max(1, TILE_BYTES // row_bytes)
+            for first in range(skipped, stop, count):
                 part = row._replace(
-                    count=min(rows, row.count - first),
+                    count=min(count, stop - first),
                     query_start=row.query_start + first * window_size,
                     key_start=row.key_start + first * window_size,
                 )
-                for image in range(0, batch, images):
-                    yield _Tile(slice(image, min(batch, image + images)), part, col)
+                for image in range(0, B, images):
+                    yield _Tile(slice(image, min(B, image + images)), part, col)
 
 
 def _gather_keys(tile: _Tile, kv: torch.Tensor, extra_kv: torch.Tensor, window_size: int) -> torch.Tensor:
@@ -237,24 +254,51 @@ def _tile_bias(tile: _Tile, bias: Optional[torch.Tensor], num_extra: int) -> Opt
     return F.pad(tile.bias(bias).flatten(3).flatten(1, 2), (num_extra, 0))
 
 
+def attend_rows(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        window_size: int,
+        num_heads: int,
+        first_row: int = 0,
+) -> torch.Tensor:
+    """`window_attention` tile by tile, for some rows of queries; without a gradient.
+
+    Args:
+        q: Queries of whole windows: rows `first_row`, a multiple of `window_size`, and on of the maps,
+            [B, rows, W, C], not yet scaled.
+        kv: Keys and values of the maps, [B, H, W, 2, C].
+        extra_kv: As in `window_attention`.
+        bias: As in `window_attention`, of the dtype of `q`.
+        window_size: As in `window_attention`.
+        num_heads: As in `window_attention`.
+        first_row: Where the queries start.
+
+    Returns:
+        [B, rows, W, C].
+    """
+    C = q.shape[3]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for tile in _tiles(kv.shape[1], q, window_size, first_row):
+        q_tile = tile.queries(q, window_size, first_row)
+        b, n, m, qh, qw, _ = q_tile.shape
+        q_win = q_tile.reshape(b * n * m, qh * qw, num_heads, C // num_heads).transpose(1, 2)
+        keys = _gather_keys(tile, kv, extra_kv, window_size)
+        k_win, v_win = keys.unflatten(2, (2, num_heads, C // num_heads)).permute(2, 0, 3, 1, 4)
+        win_bias = _tile_bias(tile, bias, extra_kv.shape[1])
+        out_win = F.scaled_dot_product_attention(
+            q_win, k_win, v_win, attn_mask=None if win_bias is None else win_bias[None])
+        tile.queries(out, window_size, first_row).copy_(out_win.transpose(1, 2).reshape(b, n, m, qh, qw, C))
+    return out
+
+
 class _TiledAttention(torch.autograd.Function):
     """`window_attention` tile by tile, keeping only its inputs and its output for the backward pass."""
 
     @staticmethod
     def forward(ctx, q, kv, extra_kv, bias, window_size: int, num_heads: int):
-        B, H, W, C = q.shape
-        E = extra_kv.shape[1]
-        out = q.new_empty(B, H, W, C)
-        for tile in _tiles(B, H, W, window_size, 2 * C * q.element_size()):
-            q_tile = tile.queries(q, window_size)
-            b, n, m, qh, qw, _ = q_tile.shape
-            q_win = q_tile.reshape(b * n * m, qh * qw, num_heads, C // num_heads).transpose(1, 2)
-            keys = _gather_keys(tile, kv, extra_kv, window_size)
-            k_win, v_win = keys.unflatten(2, (2, num_heads, C // num_heads)).permute(2, 0, 3, 1, 4)
-            win_bias = _tile_bias(tile, bias, E)
-            out_win = F.scaled_dot_product_attention(
-                q_win, k_win, v_win, attn_mask=None if win_bias is None else win_bias[None])
-            tile.queries(out, window_size).copy_(out_win.transpose(1, 2).reshape(b, n, m, qh, qw, C))
+        out = attend_rows(q, kv, extra_kv, bias, window_size, num_heads)
         ctx.save_for_backward(q, kv, extra_kv, bias, out)
         ctx.window_size, ctx.num_heads = window_size, num_heads
         return out
@@ -277,7 +321,7 @@ class _TiledAttention(torch.autograd.Function):
             x = x.unflatten(2, (num_parts, num_heads, d)).permute(2, 0, 3, 1, 4)
             return x.reshape(num_parts, -1, x.shape[3], d)
 
-        for tile in _tiles(B, H, W, window_size, 2 * C * q.element_size()):
+        for tile in _tiles(H, q, window_size):
             b, n, m, qh, qw, _ = tile.queries(q, window_size).shape
             windows, L = b * n * m, qh * qw
             q_win, g_win, o_win = (heads_first(tile.queries(x, window_size).reshape(windows, L, C))[0]

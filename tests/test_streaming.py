@@ -1,0 +1,187 @@
+"""Inference by pieces of a map, and full attention by pieces of its queries: the same values, bounded pieces."""
+import random
+
+import pytest
+import timm
+import torch
+
+import timm_ls
+from timm_ls import attention_implementation
+from timm_ls.streaming import image_groups, row_pieces, takes_pieces
+
+VARIANTS = {
+    'vil_ls_tiny': {},
+    'vil_ls_tiny_hires': {},
+    'vil_ls_tiny_hires keys': dict(global_update='keys', num_global_tokens=(2, 1, 0, 3)),
+    'vil_ls_tiny no bias': dict(rel_pos_bias=False, rank=0),
+    'cvt_ls_13': dict(num_global_tokens=(1, 0, 2)),
+    'cvt_ls_13 full': timm_ls.cvt_ls.PLAIN_CVT,
+}
+
+
+def build(variant: str, dtype=torch.float64, **kwargs):
+    """A narrow model whose biases, norms and tokens are not at their initial values."""
+    name = variant.split()[0]
+    dims = (12, 24, 36, 48) if name.startswith('vil') else (12, 24, 36)
+    stages = len(dims)
+    args = dict(embed_dims=dims, depths=(1, 1, 2, 1)[:stages], num_heads=(1, 2, 3, 3)[:stages], window_size=3, rank=4)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, **{**args, **VARIANTS[variant], **kwargs}).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += .1 * torch.randn_like(parameter)
+    return model
+
+
+def pieces_of(monkeypatch, size: int) -> None:
+    monkeypatch.setattr(timm_ls.streaming, 'CPU_PIECE_BYTES', size)
+
+
+def outputs(model, x):
+    features, levels = model.forward_intermediates(x)
+    return [model.forward_head(features), features] + levels
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_equals_the_whole(monkeypatch, variant):
+    """By pieces of any size, logits, class tokens and every level are those of the whole map."""
+    rng = random.Random(variant)
+    model = build(variant)
+    for _ in range(6):
+        x = torch.randn(rng.choice([1, 2, 5]), 3, rng.randint(32, 150), rng.randint(32, 150), dtype=torch.float64)
+        with torch.no_grad():
+            with attention_implementation('tiled'):
+                expected = outputs(model, x)
+            for size in (1, rng.randint(2000, 50000), 200000):
+                pieces_of(monkeypatch, size)
+                for actual, wanted in zip(outputs(model, x), expected, strict=True):
+                    torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize('variant', ['vil_ls_tiny', 'cvt_ls_13'])
+def test_layers_see_pieces(monkeypatch, variant):
+    """No layer sees more of a map than a piece, rounded up to one row of windows; together they see it once."""
+    model, seen = build(variant), []
+    pieces_of(monkeypatch, 12000)
+    block = model.stages[0].blocks[0]
+    forward = block.mlp.forward
+    monkeypatch.setattr(block.mlp, 'forward', lambda x: seen.append(tuple(x.shape)) or forward(x))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 160, 60, dtype=torch.float64))
+    maps = [shape for shape in seen if len(shape) == 4]
+    assert all(shape[0] == 1 and shape[1] <= 6 and shape[2:] == (15, 12) for shape in maps)  # 8 rows of 1440 bytes
+    assert sum(shape[1] for shape in maps) == 2 * 40
+    assert [shape for shape in seen if len(shape) == 3] == [(2, 1, 12)]  # global tokens
+
+
+def test_who_sees_the_whole(monkeypatch):
+    """Pieces are for inference: not where gradients are needed, a layer is hooked, or an implementation is forced."""
+    pieces_of(monkeypatch, 1)
+    model = build('vil_ls_tiny')
+    block, x = model.stages[0].blocks[0], torch.randn(1, 6, 6, 12, dtype=torch.float64)
+    assert not block.takes_pieces(x)  # grad mode
+    with torch.no_grad():
+        assert block.takes_pieces(x)
+        with attention_implementation('tiled'):
+            assert not block.takes_pieces(x)
+        block.train()
+        assert not block.takes_pieces(x)
+        block.eval()
+        block.attn.fused_attn = False
+        assert not block.takes_pieces(x)
+        block.attn.fused_attn = True
+        handle = block.register_forward_hook(lambda *a: None)  # of the block itself: sees the whole anyway
+        assert block.takes_pieces(x)
+        handle.remove()
+        for layer in (block.attn, block.attn.qkv, block.mlp.fc1):
+            shapes = []
+            handle = layer.register_forward_hook(lambda module, args, out, to=shapes: to.append(args[0].shape))
+            assert not takes_pieces(block, x)
+            block(x, torch.zeros(1, 1, 12, dtype=torch.float64))
+            assert x.shape[:3] in [shape[:3] for shape in shapes]
+            handle.remove()
+        assert block.takes_pieces(x)
+
+
+def test_small_maps_stay_whole():
+    """What fits into a piece is not cut."""
+    block = build('vil_ls_tiny', torch.float32).stages[0].blocks[0]
+    with torch.no_grad():
+        limit = timm_ls.streaming.CPU_PIECE_BYTES // 4 // 12
+        assert not block.takes_pieces(torch.empty(1, 1, limit, 12))
+        assert block.takes_pieces(torch.empty(1, 1, limit + 1, 12))
+
+
+def test_cuts(monkeypatch):
+    """Groups and runs of rows cover everything once, keep windows whole, and hold no more than a piece."""
+    rng = random.Random(0)
+    for _ in range(300):
+        B, H, W, C, step = (rng.randint(1, 40) for _ in range(5))
+        x = torch.empty(B, H, W, C, device='meta')
+        size = rng.choice([1, 1000, 30000, 10 ** 6])
+        monkeypatch.setattr(timm_ls.streaming, 'PIECE_BYTES', size)
+        groups, rows = image_groups(x), row_pieces(x[:1], step)
+        for cuts, total in ((groups, B), (rows, H)):
+            assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(total))
+        assert all(cut.start % step == 0 for cut in rows)
+        for cut in groups:
+            assert cut.stop - cut.start == 1 or x[cut].numel() * 4 <= size
+        for cut in rows:
+            assert cut.stop - cut.start <= step or (cut.stop - cut.start) * W * C * 4 <= size
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('variant', ['vil_ls_tiny', 'cvt_ls_13'])
+def test_autocast(monkeypatch, variant, dtype):
+    """Types come out as from the whole map, and values as near to float32."""
+    model, x = build(variant, torch.float32), torch.randn(2, 3, 90, 60)
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast('cpu', dtype):
+            with attention_implementation('tiled'):
+                whole = model(x)
+            pieces_of(monkeypatch, 4000)
+            pieces = model(x)
+    assert pieces.dtype == whole.dtype
+    error = (whole.float() - exact).norm()
+    assert 0 < (pieces.float() - exact).norm() < 2 * error
+
+
+@pytest.mark.parametrize('variant', ['vil_ls_tiny', 'cvt_ls_13 full'])
+def test_full_attention_by_rows(monkeypatch, variant):
+    """Where a full-attention bias would not fit, it exists for some queries at a time: same values and gradients."""
+    kwargs = dict(rel_pos_bias=True) if variant.startswith('cvt') else {}
+    model = build(variant, **kwargs)
+    x = torch.randn(2, 3, 150, 220, dtype=torch.float64)
+    original, queries = timm_ls.attention.position_bias, []
+
+    def recorded(table, query_size, key_size):
+        if query_size != (3, 3):  # not of windows
+            queries.append((query_size[0], key_size[0]))
+        return original(table, query_size, key_size)
+
+    monkeypatch.setattr(timm_ls.attention, 'position_bias', recorded)
+
+    def run():
+        model.zero_grad()
+        queries.clear()
+        logits = model(x)
+        logits.square().sum().backward()
+        return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, expected_grads = run()
+    assert queries and all(rows == height for rows, height in queries)
+    for size in (1, 40000):
+        for module in model.modules():
+            if isinstance(module, timm_ls.GlobalAttention2d):
+                module.bias_bytes = size
+        actual, grads = run()
+        assert any(rows < height for rows, height in queries)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
+        for name, grad in grads.items():
+            bound = 1e-11 * max(1., expected_grads[name].abs().max().item())
+            torch.testing.assert_close(grad, expected_grads[name], rtol=0, atol=bound)
+    monkeypatch.undo()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=0, atol=1e-11)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected, rtol=0, atol=1e-11)
