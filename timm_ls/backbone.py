@@ -109,7 +109,7 @@ class Block(nn.Module):
     @torch.jit.unused
     def takes_pieces(self, x: torch.Tensor) -> bool:
         """Whether to go by pieces of the map: in inference, unless timm or the user chose how attention is computed."""
-        attn = self.attn
+        attn: Any = self.attn
         return getattr(attn, 'takes_pieces', False) and attn.fused_attn and is_automatic() and takes_pieces(self, x)
 
     @torch.jit.unused

@@ -256,7 +256,7 @@ class ConvGlobalAttention2d(GlobalAttention2d):
         ValueError: An argument is out of range; the message names it.
     """
 
-    takes_pieces: Final[bool] = False  # strided keys belong to no run of rows
+    takes_pieces: Final[bool] = False  # type: ignore[misc]  # strided keys belong to no run of rows
 
     def __init__(
             self,
