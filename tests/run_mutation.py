@@ -23,7 +23,7 @@ from cosmic_ray.work_db import WorkDB
 from cosmic_ray.work_item import WorkItem
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 600  # seconds per fault; a loop that does not end counts as noticed
+TIMEOUT = 3600  # seconds per fault, for slow machines; a loop that does not end counts as noticed
 
 # Which tests answer for which modules, the quick ones first; and how many faults are drawn from each module
 ATTENTION_TESTS = (
