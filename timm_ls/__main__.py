@@ -10,7 +10,8 @@ import runpy
 import sys
 import time
 from pathlib import Path
-from typing import List, Optional, Sequence
+from types import ModuleType
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -49,7 +50,7 @@ def list_models() -> None:
     print('| model | parameters | GMACs | at | window | attention |')
     print('|---|---|---|---|---|---|')
     for name in timm_ls_models():
-        model = timm.create_model(name, device='meta')
+        model: Any = timm.create_model(name, device='meta')
         size = model.pretrained_cfg['input_size'][-1]
         windows = {m.window_size for m in model.modules() if hasattr(m, 'window_size')}
         print(
@@ -90,7 +91,7 @@ def show_pyramid(argv: Sequence[str]) -> None:
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f'Device {args.device!r} is not available here: {error}') from error
 
-    model = timm.create_model(args.model, pretrained=args.pretrained)
+    model: Any = timm.create_model(args.model, pretrained=args.pretrained)
     if args.checkpoint:
         try:
             load_checkpoint(model, args.checkpoint)
@@ -130,7 +131,7 @@ def show_pyramid(argv: Sequence[str]) -> None:
     print(f'Pyramid drawn to {args.out}')
 
 
-def open_image(path: str) -> tuple:
+def open_image(path: str) -> Tuple[str, Image.Image]:
     """The path and the image as RGB; exits with a message if it is none."""
     try:
         return path, Image.open(path).convert('RGB')
@@ -138,7 +139,7 @@ def open_image(path: str) -> tuple:
         raise SystemExit(f'Could not read {path} as an image: {error}') from error
 
 
-def import_matplotlib():
+def import_matplotlib() -> ModuleType:
     """matplotlib, for the drawing and the sample photo; exits with what to install if it is missing."""
     try:
         import matplotlib
@@ -163,7 +164,7 @@ def print_classes(logits: torch.Tensor, has_weights: bool) -> None:
     if not has_weights:
         print('  No weights loaded (--pretrained or --checkpoint FILE): random features, no classes to tell.')
         return
-    describe = str
+    describe: Callable[[int], str] = str
     if logits.numel() == 1000:
         describe = timm.data.ImageNetInfo().index_to_description
     for probability, index in zip(*logits.softmax(-1).topk(min(5, logits.numel()))):

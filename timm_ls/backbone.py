@@ -1,7 +1,7 @@
 """What the families share: a block, a stage, and a pyramid of stages that keeps timm's contract for a backbone."""
 from itertools import accumulate
 from operator import mul
-from typing import Any, Callable, Dict, Final, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
 
 import torch
 import torch.fx
@@ -77,8 +77,8 @@ class Block(nn.Module):
             drop_path: float = 0.,
             norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
             act_layer: Callable[..., nn.Module] = nn.GELU,
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -109,7 +109,7 @@ class Block(nn.Module):
     @torch.jit.unused
     def takes_pieces(self, x: torch.Tensor) -> bool:
         """Whether to go by pieces of the map: in inference, unless timm or the user chose how attention is computed."""
-        attn = self.attn
+        attn: Any = self.attn
         return getattr(attn, 'takes_pieces', False) and attn.fused_attn and is_automatic() and takes_pieces(self, x)
 
     @torch.jit.unused
@@ -157,8 +157,8 @@ class Stage(nn.Module):
             num_global_tokens: int = 0,
             return_global_tokens: bool = False,
             pos_drop: float = 0.,
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         self.return_global_tokens = return_global_tokens
@@ -239,8 +239,8 @@ class PyramidTransformer(nn.Module):
             drop_path_rate: float,
             norm_layer: Callable[..., nn.Module],
             act_layer: Callable[..., nn.Module],
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -393,7 +393,7 @@ class PyramidTransformer(nn.Module):
         self.head_hidden_size = self.num_features * self.pool.feat_mult()
 
     @torch.jit.ignore
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights: our own, or a checkpoint of the original authors, which is converted on the way.
 
         Raises:

@@ -63,8 +63,8 @@ class ConvEmbed(nn.Module):
             stride: int,
             padding: int,
             norm_layer: Callable[..., nn.Module],
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -93,7 +93,14 @@ class DepthwiseConvNorm(nn.Module):
         stride: Stride s of the convolutions.
     """
 
-    def __init__(self, dim: int, parts: int, stride: int = 1, device=None, dtype=None):
+    def __init__(
+            self,
+            dim: int,
+            parts: int,
+            stride: int = 1,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
+    ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.dim = dim
@@ -140,8 +147,8 @@ class ConvQkv(nn.Module):
             bias: bool = True,
             kv_stride: int = 1,
             query_scale: float = 1.,
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -213,8 +220,8 @@ class ConvLongShortAttention2d(LongShortAttention2d):
             num_heads: int = 8,
             qkv_bias: bool = True,
             attn_scale: str = 'head',
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
             **kwargs: Any,
     ):
         dd = {'device': device, 'dtype': dtype}
@@ -249,7 +256,7 @@ class ConvGlobalAttention2d(GlobalAttention2d):
         ValueError: An argument is out of range; the message names it.
     """
 
-    takes_pieces: Final[bool] = False  # strided keys belong to no run of rows
+    takes_pieces: Final[bool] = False  # type: ignore[misc]  # strided keys belong to no run of rows
 
     def __init__(
             self,
@@ -258,8 +265,8 @@ class ConvGlobalAttention2d(GlobalAttention2d):
             qkv_bias: bool = True,
             kv_stride: int = 1,
             attn_scale: str = 'head',
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
             **kwargs: Any,
     ):
         dd = {'device': device, 'dtype': dtype}
@@ -357,8 +364,8 @@ class CvtLs(PyramidTransformer):
             drop_path_rate: float = 0.,
             norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
             act_layer: Union[str, Callable[..., nn.Module]] = 'gelu',
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         norm_layer = partial(get_norm_layer(norm_layer), eps=1e-5)

@@ -19,7 +19,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
 from urllib.parse import urlsplit
 
 import filelock
@@ -39,6 +39,7 @@ __all__ = ['build_model', 'catalogue', 'convert_checkpoint', 'published_sources'
 
 _logger = logging.getLogger(__name__)
 
+ModelT = TypeVar('ModelT', bound=nn.Module)
 FilterFn = Callable[[Dict[str, Any], nn.Module], Dict[str, torch.Tensor]]
 
 PACKAGE_DIR = Path(__file__).parent
@@ -69,7 +70,7 @@ def published_sources(name: str) -> Dict[str, Any]:
 
 
 def build_model(
-        model_cls: Callable[..., nn.Module],
+        model_cls: Callable[..., ModelT],
         variant: str,
         pretrained: bool,
         pretrained_filter_fn: FilterFn,
@@ -77,7 +78,7 @@ def build_model(
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Optional[Union[str, Path]] = None,
         **kwargs: Any,
-) -> nn.Module:
+) -> ModelT:
     """timm's `build_model_with_cfg`, with pretrained weights found and checked here.
 
     Args:
@@ -378,7 +379,7 @@ def filter_and_check(filter_fn: FilterFn, state_dict: Dict[str, Any], model: nn.
         # timm takes a TypeError for a filter of one argument, and would call it again
         raise RuntimeError(f'The checkpoint could not be converted to {type(model).__name__}: {error}') from error
 
-    cfg = model.pretrained_cfg
+    cfg: Dict[str, Any] = getattr(model, 'pretrained_cfg')  # noqa: B009 a type checker knows tensors and modules only
     own = model.state_dict()
     classifiers = tuple(f'{name}.' for name in as_tuple(cfg.get('classifier')) if name)
     comparable = {name: value for name, value in weights.items() if not name.startswith(classifiers)}

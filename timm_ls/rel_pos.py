@@ -1,5 +1,5 @@
 """Relative position bias on 2-D grids: one dense table of offsets, its expansion, resizing and conversion."""
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.fx
@@ -106,8 +106,8 @@ class RelPosBias2d(nn.Module):
             num_heads: int,
             table_size: Tuple[int, int],
             num_global_tokens: int = 0,
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}

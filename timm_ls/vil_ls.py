@@ -8,7 +8,7 @@ import re
 from functools import partial
 from itertools import accumulate
 from operator import mul
-from typing import Any, Callable, Dict, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -40,8 +40,8 @@ class PatchEmbed(nn.Module):
             dim: int,
             patch_size: int,
             norm_layer: Callable[..., nn.Module],
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
@@ -114,8 +114,8 @@ class VilLs(PyramidTransformer):
             drop_path_rate: float = 0.,
             norm_layer: Union[str, Callable[..., nn.Module]] = 'layernorm',
             act_layer: Union[str, Callable[..., nn.Module]] = 'gelu',
-            device=None,
-            dtype=None,
+            device: torch.types.Device = None,
+            dtype: Optional[torch.dtype] = None,
     ):
         dd = {'device': device, 'dtype': dtype}
         norm_layer = partial(get_norm_layer(norm_layer), eps=1e-6)

@@ -158,11 +158,11 @@ def _join_vil(
         ours = rename_released(name)
         if match is not None:
             attn, leaf = match[1], match[3]
-            parts = [weights.get(f'{attn}.query.{leaf}'), weights.get(f'{attn}.kv.{leaf}')]
-            if parts[0] is None or parts[1] is None:
+            query, kv = weights.get(f'{attn}.query.{leaf}'), weights.get(f'{attn}.kv.{leaf}')
+            if query is None or kv is None:
                 joined[name] = value
             else:
-                joined[f'{attn}.qkv.{leaf}'] = torch.cat(parts)
+                joined[f'{attn}.qkv.{leaf}'] = torch.cat([query, kv])
         elif ours.endswith('.rel_pos.table') and ours.replace('rel_pos.table', 'norm_kv.weight') in expected:
             side = round(value.shape[0] ** 0.5)
             table = value.T.reshape(-1, side, side)

@@ -37,7 +37,7 @@ def halo_width(window_size: int) -> int:
 class AxisSpan(NamedTuple):
     """A run of neighbouring windows, along one axis, that all see the same part of their halo."""
 
-    count: int  # windows in the run
+    count: int  # type: ignore[assignment]  # windows in the run; hides tuple.count
     query_start: int  # first query of the first window
     query_size: int  # queries per window: `w`, or what is left for the ragged last one
     key_start: int  # first key of the first window

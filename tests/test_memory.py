@@ -1,0 +1,143 @@
+"""Memory: what stays behind from one image size to the next levels off; a formula predicts the peaks.
+
+    python tests/test_memory.py growth    # the curve: memory of a process while it runs 500 image sizes
+    python tests/test_memory.py peaks     # measures peaks, fits the formula, prints the README's table
+"""
+import ctypes
+import gc
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_ls  # noqa: F401 registers the models
+import timm_ls.window
+from timm_ls.benchmark import Setting, resident_bytes, run_peak_memory
+
+ROOT = Path(__file__).parent.parent
+MODELS = ('vil_ls_small_hires', 'cvt_ls_13')
+FORMULA_SIZES = ((224, 224), (384, 640), (512, 512), (800, 1333), (1024, 1024), (1536, 1536), (2048, 2048))
+
+
+def grow(name: str, count: int) -> list:
+    """Resident bytes of this process at rest, after every tenth of `count` forward passes at as many sizes."""
+    rng = random.Random(0)
+    sizes = set()
+    while len(sizes) < count:
+        sizes.add((rng.randint(32, 224), rng.randint(32, 224)))
+    model = timm.create_model(name).eval()
+    curve = []
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 224, 224))  # what the libraries allocate once, for good
+        for i, size in enumerate(sorted(sizes, key=lambda size: rng.random()), 1):
+            model(torch.randn(1, 3, *size))
+            if i % (count // 10) == 0:
+                gc.collect()
+                ctypes.CDLL(None).malloc_trim(0)
+                curve.append(resident_bytes('VmRSS'))
+    return curve
+
+
+def fit_peaks(peaks: dict) -> tuple:
+    """Fit bytes = a + b * pixels to peaks by (height, width), in proportion: what counts are errors in percent."""
+    pixels = [height * width for height, width in peaks]
+    weights = [peak ** -2 for peak in peaks.values()]
+    total = sum(weights)
+    mean_x = sum(w * x for w, x in zip(weights, pixels)) / total
+    mean_y = sum(w * y for w, y in zip(weights, peaks.values())) / total
+    slope = (sum(w * (x - mean_x) * (y - mean_y) for w, x, y in zip(weights, pixels, peaks.values()))
+             / sum(w * (x - mean_x) ** 2 for w, x in zip(weights, pixels)))
+    return mean_y - slope * mean_x, slope
+
+
+def measure_peaks(name: str, sizes=FORMULA_SIZES) -> dict:
+    """Peak bytes of a forward pass above the process at rest, by (height, width), each in a process of its own."""
+    peaks = {}
+    for height, width in sizes:
+        result = run_peak_memory(name, Setting('forward', 1, 'float32', 'eager', height, width, 'cpu', None))
+        assert result.get('peak_bytes'), result
+        peaks[height, width] = result['peak_bytes']
+    return peaks
+
+
+def readme_formula() -> dict:
+    """What the README's table says: model to megabytes and bytes per pixel."""
+    readme = (ROOT / 'README.md').read_text()
+    rows = re.findall(r'^\| `(\w+)` \| (-?[\d.]+) MiB \+ ([\d.]+) B x pixels \|', readme, re.M)
+    return {name: (float(a) * 2 ** 20, float(b)) for name, a, b in rows}
+
+
+def test_caches_are_bounded():
+    """However many sizes are seen, what is remembered of them has a limit."""
+    cached = [value for value in vars(timm_ls.window).values() if hasattr(value, 'cache_info')]
+    assert cached == [timm_ls.window.axis_spans]
+    limit = timm_ls.window.axis_spans.cache_info().maxsize
+    assert limit is not None
+    for size in range(1, limit + 200):
+        timm_ls.window.axis_spans(size, 7)
+    assert timm_ls.window.axis_spans.cache_info().currsize == limit
+
+
+@pytest.mark.parametrize('intercept, slope', [(3e6, 50.), (0., 4.)])
+def test_fit(intercept, slope):
+    """Constants that made the peaks come back."""
+    peaks = {size: intercept + slope * size[0] * size[1] for size in FORMULA_SIZES}
+    assert fit_peaks(peaks) == pytest.approx((intercept, slope), rel=1e-6, abs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+@pytest.mark.parametrize('name', ['test_cvt_ls'])
+def test_growth_ends(name):
+    """Memory levels off over 500 sizes; oneDNN's own cache, of a thousand kernels by size, is turned off."""
+    printed = subprocess.run(
+        [sys.executable, __file__, 'growth', name], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, 'ONEDNN_PRIMITIVE_CACHE_CAPACITY': '1'}).stdout
+    print(printed)
+    curve = list(map(int, re.findall(r'(\d+) bytes', printed)))
+    assert len(curve) == 10
+    assert statistics.mean(curve[7:]) - statistics.mean(curve[4:7]) < 4 * 2 ** 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+@pytest.mark.parametrize('name', MODELS)
+def test_formula(name):
+    """The README's formula is within 15% of the peaks measured from 224 to 2048 pixels."""
+    if name not in readme_formula():
+        pytest.skip('the README has no formula for it: python tests/test_memory.py peaks')
+    intercept, slope = readme_formula()[name]
+    for (height, width), peak in measure_peaks(name).items():
+        predicted = intercept + slope * height * width
+        print(f'{name} at {height} x {width}: {peak / 2 ** 20:.0f} MiB, predicted {predicted / 2 ** 20:.0f}')
+        assert abs(predicted / peak - 1) < .15
+
+
+def main() -> None:
+    """Print the curve of growth, or the README's table of peaks."""
+    command, names = sys.argv[1], sys.argv[2:]
+    if command == 'growth':
+        for name in names or ('test_vil_ls', 'test_cvt_ls'):
+            curve = grow(name, 500)
+            for i, value in enumerate(curve, 1):
+                print(f'{name} after {50 * i} sizes: {value} bytes, {value - curve[0]:+d}', flush=True)
+    elif command == 'peaks':
+        print('| model | peak | worst error | measured at |\n|---|---|---|---|')
+        for name in names or MODELS:
+            peaks = measure_peaks(name)
+            a, b = fit_peaks(peaks)
+            errors = {size: (a + b * size[0] * size[1]) / peak - 1 for size, peak in peaks.items()}
+            measured = ', '.join(f'{h} x {w}: {peak / 2 ** 20:.0f} MiB' for (h, w), peak in peaks.items())
+            worst = max(map(abs, errors.values()))
+            print(f'| `{name}` | {a / 2 ** 20:.1f} MiB + {b:.1f} B x pixels | {worst:.0%} | {measured} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
