@@ -4,8 +4,8 @@ Downloads timm's source distribution, of the version that is installed, for the 
 repository. Its per-model tests then run for our models in place of timm's: those that ask the registry for names, and
 those with a fixed list of names that hold for any pyramid.
 
-Two of the tests load pretrained weights, which are downloaded as `create_model(pretrained=True)` always does. Without a
-network, `--stand-in-weights` puts random ones into a download cache of its own, from where they are loaded the same way.
+Two of the tests load pretrained weights, which `create_model(pretrained=True)` downloads. Without a network,
+`--stand-in-weights` puts random ones into a download cache of its own, from where they are loaded the same way.
 """
 import argparse
 import collections
