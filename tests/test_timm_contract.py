@@ -183,19 +183,21 @@ def test_pruning(name):
     expected = full.forward_intermediates(x, intermediates_only=True)
     n = len(expected)
     for index in range(n):
-        for indices in ([index], [index - n]):
-            for prune_norm in (False, True):
-                model = copy.deepcopy(full)
-                assert model.prune_intermediate_layers(indices, prune_norm=prune_norm) == [index]
-                assert len(model.feature_info) == len(model.stages) == index + 1
-                assert model.num_features == model.head_hidden_size == expected[index].shape[1]
-                maps = model.forward_intermediates(x, [index], norm=not prune_norm, intermediates_only=True)
-                if prune_norm or index < n - 1:
-                    assert torch.equal(maps[0], expected[index])
-                maps[0].square().sum().backward()
-                assert [p for p, value in model.named_parameters() if value.grad is None] == []
-                model.reset_classifier(4, 'avg')
-                assert model(x).shape == (2, 4)
+        assert copy.deepcopy(full).prune_intermediate_layers([index - n]) == [index]
+        for prune_norm in (False, True):
+            model = copy.deepcopy(full)
+            assert model.prune_intermediate_layers([index], prune_norm=prune_norm) == [index]
+            assert len(model.feature_info) == len(model.stages) == index + 1
+            assert model.num_features == model.head_hidden_size == expected[index].shape[1]
+            final, maps = model.forward_intermediates(x, [index])
+            assert torch.equal(maps[0], expected[index])
+            assert torch.equal(model.forward_features(x), final) and torch.equal(model(x), final)
+            if prune_norm or index < n - 1:  # features end where the level is taken
+                assert torch.equal(final, maps[0])
+            model.forward_intermediates(x, [index], norm=not prune_norm)[1][0].square().sum().backward()
+            assert [p for p, value in model.named_parameters() if value.grad is None] == []
+            model.reset_classifier(4, 'avg')
+            assert model(x).shape == (2, 4)
     model = copy.deepcopy(full)
     assert model.prune_intermediate_layers(1, prune_head=False) == [n - 1]
     assert torch.equal(model(x), full(x))

@@ -31,6 +31,7 @@ from .backbone import (
 from .checkpoint import unwrap_state_dict
 from .pretrained import build_model, published_sources
 from .rel_pos import resize_bias_table
+from .window import is_tracing_shapes
 
 __all__ = ['CvtLs', 'fuse_conv_bn']
 
@@ -110,7 +111,10 @@ class DepthwiseConvNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From a map [B, H, W, C] to [B, ceil(H / s), ceil(W / s), C, parts]."""
-        x = self.norm(self.conv(x.permute(0, 3, 1, 2)))
+        x = x.permute(0, 3, 1, 2)
+        if is_tracing_shapes():
+            x = x.contiguous()  # BatchNorm over a channels-last map of unknown size is not exported
+        x = self.norm(self.conv(x))
         return x.permute(0, 2, 3, 1).unflatten(-1, (self.dim, self.parts))
 
     @torch.jit.ignore
