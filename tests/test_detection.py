@@ -28,10 +28,15 @@ def seeded():
 
 
 def create(constructor, name='test_vil_ls', **kwargs):
-    """A detector small enough to train and to script, in which everything is detected."""
-    everything = dict(score_thresh=0.) if constructor in (retinanet_fpn, fcos_fpn) else dict(box_score_thresh=0.)
+    """A detector small enough to train and to script, which detects five things whatever their scores."""
+    if constructor in (retinanet_fpn, fcos_fpn):
+        few = dict(score_thresh=0., topk_candidates=100, detections_per_img=5)
+    else:
+        few = dict(
+            box_score_thresh=0., box_detections_per_img=5, box_batch_size_per_image=16, rpn_post_nms_top_n_train=40,
+            rpn_post_nms_top_n_test=20)
     return constructor(name, **dict(
-        dict(num_classes=3, min_size=64, max_size=160, backbone_kwargs=dict(out_channels=32)), **everything, **kwargs))
+        dict(num_classes=3, min_size=64, max_size=160, backbone_kwargs=dict(out_channels=32)), **few, **kwargs))
 
 
 def batch(sizes):
@@ -130,8 +135,7 @@ def test_arguments_reach_the_backbone_and_the_detector(constructor):
     (fcos_fpn, 'test_cvt_ls')])
 def test_script(constructor, name):
     """A scripted detector finds what the model finds, at sizes that it was not scripted with."""
-    few = dict(detections_per_img=5) if constructor in (retinanet_fpn, fcos_fpn) else dict(box_detections_per_img=5)
-    model = create(constructor, name, **few).eval()
+    model = create(constructor, name).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # heads start with scores that hardly differ
             parameter.add_(torch.randn_like(parameter), alpha=.05)
@@ -199,7 +203,7 @@ def peak():  # of the process since it started, in KiB
 
 torch.manual_seed(0)
 model = maskrcnn_fpn(
-    'NAME', num_classes=3, min_size=32, max_size=1000, _skip_resize=True, backbone_kwargs=dict(out_channels=32))
+    'NAME', num_classes=3, box_batch_size_per_image=64, _skip_resize=True, backbone_kwargs=dict(out_channels=32))
 optimizer = torch.optim.AdamW(model.parameters())
 sizes = random.Random(0).sample([(h, w) for h in range(64, 320, 7) for w in range(64, 320, 7) if h != w], 29)
 sizes.insert(1, (480, 640))
