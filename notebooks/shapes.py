@@ -32,15 +32,19 @@ def photo(name: str) -> Image.Image:
 
 
 def random_crop(split: str, size: Tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A crop of a random photograph at a random scale, flipped or not, [H, W, 3] in 0..1."""
+    """A crop of a random photograph, [H, W, 3] in 0..1: scale, sides, order of colours and contrast are random.
+
+    There are few photographs: a model that has seen little else takes whatever it does not know for a shape.
+    """
     source = photo(str(rng.choice(PHOTOS[split])))
     height, width = size
-    scale = rng.uniform(0.4, 1.0) * min(source.height / height, source.width / width)
+    scale = 0.2 ** rng.uniform() * min(source.height / height, source.width / width)
     left = rng.uniform(0, source.width - scale * width)
     top = rng.uniform(0, source.height - scale * height)
     box = (left, top, left + scale * width, top + scale * height)
     pixels = np.asarray(source.resize((width, height), Image.Resampling.BILINEAR, box=box), dtype=np.float32) / 255
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+    pixels = pixels[::rng.choice((-1, 1)), ::rng.choice((-1, 1)), rng.permutation(3)]
+    return (pixels ** rng.uniform(0.6, 1.6)).astype(np.float32)
 
 
 def random_shape(kind: str, size: Tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -53,7 +57,7 @@ def random_shape(kind: str, size: Tuple[int, int], rng: np.random.Generator) -> 
     points[:, 1] *= rng.uniform(0.6, 1.)
     turn = rng.uniform(0, 2 * np.pi)
     points = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    points = points * rng.uniform(0.12, 0.3) * min(size) + rng.uniform(0.1, 0.9, 2) * [width, height]
+    points = points * rng.uniform(0.15, 0.35) * min(size) + rng.uniform(0.1, 0.9, 2) * [width, height]
     mask = Image.new('L', (width, height))
     ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=1)
     return np.array(mask, dtype=bool)
@@ -90,7 +94,7 @@ class Shapes(torch.utils.data.Dataset):
                 continue
             masks, areas, labels = [*visible, shape], [*areas, shape.sum()], [*labels, label]
             texture = random_crop(self.split, self.size, rng)
-            image[shape] = 0.6 * rng.random(3, dtype=np.float32) + 0.4 * texture[shape]
+            image[shape] = 0.75 * rng.random(3, dtype=np.float32) + 0.25 * texture[shape]
             if len(masks) == wanted:
                 break
         masks = torch.from_numpy(np.stack(masks))

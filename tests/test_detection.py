@@ -221,7 +221,7 @@ print(json.dumps(dict(sizes=sizes, peaks=peaks)))
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
-@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+@pytest.mark.parametrize('name', ['test_vil_ls', pytest.param('test_cvt_ls', marks=pytest.mark.slow)])
 def test_memory_does_not_grow(name):
     """30 training steps at 30 sizes: the peak is that of the largest one, the second, within 5%."""
     env = {key: value for key, value in os.environ.items() if not key.startswith('MALLOC_')}  # a user's allocator
