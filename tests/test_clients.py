@@ -299,7 +299,7 @@ def photos():
 
 @pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
 def test_torchao(name):
-    """int8 weights: the classes that float32 gives to digits held out of training, and to photos, not square ones.
+    """int8 weights: the classes that float32 gives to digits, training ones among them, and to photos, not square ones.
 
     The models have weights, which know digits only: what they see in a photo means nothing, but must stay the same.
     """
