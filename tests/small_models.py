@@ -2,6 +2,7 @@
 from functools import lru_cache
 
 import timm
+import torch
 
 import timm_ls  # noqa: F401 registers the models
 
@@ -24,3 +25,22 @@ def small_args(name: str) -> dict:
 def create(name: str, **kwargs):
     """The small version of a model, arguments on top."""
     return timm.create_model(name, **dict(small_args(name), **kwargs))
+
+
+def perturbed(name: str, dtype: torch.dtype = torch.float64, **kwargs):
+    """A narrow model in eval mode whose biases, norms and tokens are not at their initial values."""
+    stages = len(small_args(name)['depths'])
+    args = dict(
+        embed_dims=(12, 24, 36, 48)[:stages],
+        depths=(1, 1, 2, 1)[:stages],
+        num_heads=(1, 2, 3, 3)[:stages],
+        window_size=3,
+        rank=4,
+        num_classes=5,
+    )
+    torch.manual_seed(0)
+    model = timm.create_model(name, **dict(args, **kwargs)).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += .1 * torch.randn_like(parameter)
+    return model

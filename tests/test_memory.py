@@ -2,6 +2,7 @@
 
     python tests/test_memory.py growth    # the curve: memory of a process while it runs 500 image sizes
     python tests/test_memory.py peaks     # measures peaks, fits the formula, prints the README's table
+    python tests/test_memory.py process vil_ls_small_hires 4096   # one image of that side; the whole process's peak
 """
 import ctypes
 import gc
@@ -120,14 +121,32 @@ def test_formula(name):
         assert abs(predicted / peak - 1) < .15
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='measures resident memory as Linux counts it')
+@pytest.mark.parametrize('name, side, limit', [
+    ('vil_ls_small_hires', 4096, 16), ('cvt_ls_13', 4096, 16), ('vil_ls_small_hires', 8192, 20)])
+def test_large_images(name, side, limit):
+    """An image of 16 or 64 megapixels fits into a process of that many GiB."""
+    printed = subprocess.run(
+        [sys.executable, __file__, 'process', name, str(side)], cwd=ROOT, capture_output=True, text=True,
+        check=True).stdout
+    print(printed)
+    assert float(re.search(r'([\d.]+) GiB', printed)[1]) <= limit
+
+
 def main() -> None:
-    """Print the curve of growth, or the README's table of peaks."""
+    """Print the curve of growth, the README's table of peaks, or a process's peak for one image."""
     command, names = sys.argv[1], sys.argv[2:]
     if command == 'growth':
         for name in names or ('test_vil_ls', 'test_cvt_ls'):
             curve = grow(name, 500)
             for i, value in enumerate(curve, 1):
                 print(f'{name} after {50 * i} sizes: {value} bytes, {value - curve[0]:+d}', flush=True)
+    elif command == 'process':
+        name, side = names[0], int(names[1])
+        with torch.inference_mode():
+            assert timm.create_model(name).eval()(torch.randn(1, 3, side, side)).isfinite().all()
+        print(f'{name} at {side} x {side}: {resident_bytes("VmHWM") / 2 ** 30:.2f} GiB in the whole process')
     elif command == 'peaks':
         print('| model | peak | worst error | measured at |\n|---|---|---|---|')
         for name in names or MODELS:

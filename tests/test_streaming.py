@@ -2,8 +2,8 @@
 import random
 
 import pytest
-import timm
 import torch
+from small_models import perturbed
 
 import timm_ls
 from timm_ls import attention_implementation
@@ -20,17 +20,7 @@ VARIANTS = {
 
 
 def build(variant: str, dtype=torch.float64, **kwargs):
-    """A narrow model whose biases, norms and tokens are not at their initial values."""
-    name = variant.split()[0]
-    dims = (12, 24, 36, 48) if name.startswith('vil') else (12, 24, 36)
-    stages = len(dims)
-    args = dict(embed_dims=dims, depths=(1, 1, 2, 1)[:stages], num_heads=(1, 2, 3, 3)[:stages], window_size=3, rank=4)
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **{**args, **VARIANTS[variant], **kwargs}).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += .1 * torch.randn_like(parameter)
-    return model
+    return perturbed(variant.split()[0], dtype, **dict(VARIANTS[variant], **kwargs))
 
 
 def pieces_of(monkeypatch, size: int) -> None:

@@ -3,8 +3,8 @@ import math
 import random
 
 import pytest
-import timm
 import torch
+from small_models import perturbed
 
 import timm_ls
 from timm_ls import GlobalAttention2d, LongShortAttention2d
@@ -27,17 +27,7 @@ VARIANTS = {
 
 
 def build(variant: str):
-    """A narrow model in float64 whose parameters are not at their initial values."""
-    name = variant.split()[0]
-    dims = (12, 24, 36, 48) if name.startswith('vil') else (12, 24, 36)
-    stages = len(dims)
-    args = dict(embed_dims=dims, depths=(1, 1, 2, 1)[:stages], num_heads=(1, 2, 3, 3)[:stages], window_size=3, rank=4)
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, **{**args, **VARIANTS[variant]}).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += .1 * torch.randn_like(parameter)
-    return model.eval()
+    return perturbed(variant.split()[0], **VARIANTS[variant])
 
 
 def inputs_and_outputs(model, image):

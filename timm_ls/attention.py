@@ -238,7 +238,6 @@ class LongShortAttention2d(nn.Module):
         Returns:
             The result of `after` and the updated global tokens.
         """
-        B, H, W, C = x.shape
         out = x.new_empty(0)
         global_outs = []
         for images in image_groups(x):
@@ -253,7 +252,7 @@ class LongShortAttention2d(nn.Module):
                 q_rows, kv_rows = self.split(self.project(tokens)[:, inner])
                 if rows.start == 0:
                     q = q_rows.new_empty(maps.shape)
-                    kv = q_rows.new_empty(maps.shape[:3] + (2, C))
+                    kv = q_rows.new_empty(maps.shape[:3] + (2, self.dim))
                 q[:, rows], kv[:, rows] = q_rows, kv_rows
                 if self.rank > 0:
                     logits = self.dynamic_projection(tokens[:, inner])
@@ -455,7 +454,7 @@ class GlobalAttention2d(nn.Module):
             after: Finish,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """See `LongShortAttention2d.forward_by_pieces`."""
-        B, H, W, C = x.shape
+        _, H, W, C = x.shape
         g = self.num_global_tokens
         out = x.new_empty(0)
         global_outs = []

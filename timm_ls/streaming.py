@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from .window import ceil_div, is_tracing_shapes
 
-__all__ = ['Finish', 'Tokenwise', 'image_groups', 'piece_bytes', 'row_pieces', 'takes_pieces']
+__all__ = ['Finish', 'Tokenwise', 'image_groups', 'row_pieces', 'takes_pieces']
 
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]  # treats tokens one by one
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # likewise, from two maps

@@ -260,9 +260,10 @@ def _overlay(axis: Any, photo: torch.Tensor, weights: torch.Tensor, title: str) 
 
 def _figure(rows: int, cols: int) -> Any:
     """An empty figure with square panels."""
-    from .__main__ import import_matplotlib
-    import_matplotlib()
-    import matplotlib.pyplot as plt
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('Figures need matplotlib: pip install "timm-ls[demo]"') from error
     return plt.subplots(rows, cols, figsize=(2.4 * cols, 2.6 * rows), squeeze=False, layout='constrained')
 
 
