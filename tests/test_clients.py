@@ -326,6 +326,12 @@ def test_torchao(name):
             print(f'{name}, {len(x)} {what}: top-1 agreement {agreement:.1%}, largest difference {difference:.1e}')
             assert 0 < difference < .1
             assert agreement >= .95
+    gradients = []
+    for m in (model, quantized):
+        photo = pixels[1].unsqueeze(0).requires_grad_()
+        m(photo)[0, 1].backward()
+        gradients.append(photo.grad.flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) > .98
 
 
 @pytest.fixture

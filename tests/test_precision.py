@@ -1,4 +1,5 @@
-"""Reduced precision: the command's numbers, and that no query is ever without a key."""
+"""Reduced precision: the command's numbers, tiles against the plain form, and that no query is ever without a key."""
+import copy
 import json
 import math
 
@@ -7,7 +8,7 @@ import timm
 import torch
 
 from timm_ls import attention_implementation
-from timm_ls.precision import FORMATS, INPUTS, main, measure, relative_error, use_order_one_weights
+from timm_ls.precision import FORMATS, INPUTS, main, measure, relative_error, run, use_order_one_weights
 from timm_ls.window import token_index, window_index
 
 # Largest error at the logits or any level, on the tiny models: a few units of the last place of each type
@@ -31,6 +32,35 @@ def test_command(tmp_path, capsys, name):
         assert f"| {row['format']} | {row['input']} | {row['errors'][0]:.0e} |" in printed
     halves = {fmt: max(max(row['errors']) for row in rows if row['format'] == fmt) for fmt in BOUNDS}
     assert halves['float32'] < halves['float16'] < halves['bfloat16']
+
+
+def root_mean_square(tensors):
+    return torch.cat([t.double().flatten() for t in tensors]).square().mean().sqrt()
+
+
+@pytest.mark.parametrize('fmt', ['bfloat16 autocast', 'float16 autocast', 'bfloat16', 'float16'])
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_tiles_are_as_exact_as_plain_attention(name, fmt):
+    """Error against float32, of logits, levels and gradients: at most twice that of one masked softmax; about equal."""
+    torch.manual_seed(0)
+    image = torch.randn(6, 3, 70, 100)
+    model = timm.create_model(name, pretrained=True).eval()
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False
+    expected, expected_gradients = run(copy.deepcopy(model), image.clone(), 'float32')
+    errors = {}
+    for implementation, subject in (('tiled', model), ('masked', plain)):
+        with attention_implementation(implementation):
+            outputs, gradients = run(copy.deepcopy(subject), image.clone(), fmt)
+        assert all(tensor.isfinite().all() for tensor in outputs + gradients)
+        errors[implementation] = [
+            root_mean_square([a - b for a, b in zip(actual, wanted)]) / root_mean_square(wanted)
+            for actual, wanted in (
+                (outputs[:1], expected[:1]), (outputs[1:], expected[1:]), (gradients, expected_gradients))]
+    for tiled, masked in zip(errors['tiled'], errors['masked']):
+        assert 0 < tiled < 2 * masked
 
 
 class NanGradient(torch.nn.Module):
