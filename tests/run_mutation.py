@@ -42,6 +42,9 @@ GROUPS = (
     (ATTENTION_TESTS, {'window.py': 14, 'rel_pos.py': 12, 'window_attention.py': 26, 'attention.py': 16}),
     (MODEL_TESTS, {'backbone.py': 4, 'vil_ls.py': 2, 'cvt_ls.py': 3, 'complexity.py': 1}),
     (LOADING_TESTS, {'checkpoint.py': 1, 'warm_start.py': 1}),
+    (('tests/test_streaming.py',), {'streaming.py': 5}),
+    (('tests/test_visualize.py',), {'visualize.py': 5}),
+    (('tests/test_pyramid.py', 'tests/test_detection.py'), {'pyramid.py': 4, 'segmentation.py': 1}),
 )
 
 
