@@ -11,7 +11,7 @@ from golden_fill import fill
 
 import timm_ls.window_attention
 from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
-from timm_ls.rel_pos import expand_aliased_table, resize_bias_table
+from timm_ls.rel_pos import RelPosBias2d, expand_aliased_table, resize_bias_table
 from timm_ls.vil_ls import RELEASED_ATTENTION_NAMES
 from timm_ls.window import axis_spans
 
@@ -329,6 +329,17 @@ def test_plain_path():
         outputs, grads = run(layer, x, tokens, 'auto')
     assert worst(outputs, expected) < 1e-12
     assert worst(grads, expected_grads) < 1e-12
+
+
+def test_table_is_replaced_only_for_another_size():
+    """An optimizer holds the parameter: a table that fits stays the same object, a frozen one stays frozen."""
+    bias = RelPosBias2d(2, (5, 7))
+    table = bias.table.requires_grad_(False)
+    bias.set_table_size((5, 7))
+    assert bias.table is table
+    bias.set_table_size((9, 7))
+    assert bias.table.shape == (2, 9, 7) and not bias.table.requires_grad
+    assert torch.equal(bias.table, resize_bias_table(table, (9, 7)))
 
 
 def test_axis_spans():
