@@ -4,6 +4,7 @@ Colour and texture say nothing about the class: shapes are filled with a random 
 Later shapes hide earlier ones; boxes and masks are those of what is visible. Backgrounds are photographs that come with
 scikit-learn and scikit-image, held-out images have photographs of their own.
 """
+import colorsys
 from functools import lru_cache
 from typing import Dict, List, Tuple
 
@@ -14,11 +15,12 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_sample_image
 from torchvision.ops import masks_to_boxes
 
-CLASSES = ('background', 'ellipse', 'rectangle', 'triangle', 'star')
+CLASSES = ('background', 'ellipse', 'triangle', 'star')
 PHOTOS = {
     'train': ('china', 'flower', 'astronaut', 'cat', 'hubble_deep_field', 'retina'),
     'held_out': ('coffee', 'rocket', 'immunohistochemistry'),
 }
+HUE_SPREAD = 0.1  # of a class, whose mean hues are a third apart: colour alone is wrong in a tenth of the shapes
 MIN_VISIBLE = 0.4  # of a shape's area; a new shape that would hide more of another one is left out
 
 
@@ -50,14 +52,14 @@ def random_crop(split: str, size: Tuple[int, int], rng: np.random.Generator) -> 
 def random_shape(kind: str, size: Tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """The mask [H, W] of a shape at a random place, size, rotation and stretch."""
     height, width = size
-    corners = {'ellipse': 48, 'rectangle': 4, 'triangle': 3, 'star': 10}[kind]
+    corners = {'ellipse': 48, 'triangle': 3, 'star': 10}[kind]
     angles = 2 * np.pi * (np.arange(corners) + 0.5) / corners
     radii = np.where(np.arange(corners) % 2, 0.4, 1.) if kind == 'star' else np.ones(corners)
     points = radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     points[:, 1] *= rng.uniform(0.6, 1.)
     turn = rng.uniform(0, 2 * np.pi)
     points = points @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-    points = points * rng.uniform(0.15, 0.35) * min(size) + rng.uniform(0.1, 0.9, 2) * [width, height]
+    points = points * rng.uniform(0.18, 0.36) * min(size) + rng.uniform(0.1, 0.9, 2) * [width, height]
     mask = Image.new('L', (width, height))
     ImageDraw.Draw(mask).polygon([tuple(point) for point in points], fill=1)
     return np.array(mask, dtype=bool)
@@ -85,7 +87,7 @@ class Shapes(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, index, self.split == 'train'))
         image = random_crop(self.split, self.size, rng).copy()
         masks, areas, labels = [], [], []  # of what is visible, of the whole shape
-        wanted = rng.integers(2, 7)
+        wanted = rng.integers(1, 6)
         for _ in range(4 * wanted):
             label = int(rng.integers(1, len(CLASSES)))
             shape = random_shape(CLASSES[label], self.size, rng)
@@ -94,7 +96,9 @@ class Shapes(torch.utils.data.Dataset):
                 continue
             masks, areas, labels = [*visible, shape], [*areas, shape.sum()], [*labels, label]
             texture = random_crop(self.split, self.size, rng)
-            image[shape] = 0.75 * rng.random(3, dtype=np.float32) + 0.25 * texture[shape]
+            hue = label / (len(CLASSES) - 1) + rng.normal(0, HUE_SPREAD)
+            colour = np.float32(colorsys.hsv_to_rgb(hue % 1, rng.uniform(.6, 1.), rng.uniform(.6, 1.)))
+            image[shape] = 0.8 * colour + 0.2 * texture[shape]
             if len(masks) == wanted:
                 break
         masks = torch.from_numpy(np.stack(masks))
