@@ -1,7 +1,7 @@
 """Generated images to learn detection and segmentation from: overlapping shapes on real photographs, nothing to load.
 
-Colour and texture say nothing about the class: shapes are filled with a random colour mixed with another photograph.
-Later shapes hide earlier ones; boxes and masks are those of what is visible. Backgrounds are photographs that come with
+Shapes are filled with a colour mixed with another photograph. The hue tells the class of most shapes, not of all. Later
+shapes hide earlier ones; boxes and masks are those of what is visible. Backgrounds are photographs that come with
 scikit-learn and scikit-image, held-out images have photographs of their own.
 """
 import colorsys
@@ -66,7 +66,7 @@ def random_shape(kind: str, size: Tuple[int, int], rng: np.random.Generator) -> 
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Images of 2 to 6 shapes with torchvision's detection targets; the same index gives the same image.
+    """Images of 1 to 5 shapes with torchvision's detection targets; the same index gives the same image.
 
     Args:
         split: 'train' or 'held_out', which differ in their photographs.
