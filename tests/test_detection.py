@@ -89,6 +89,21 @@ def test_trains_at_any_size(constructor, name):
         assert (found['boxes'] <= torch.tensor([width, height, width, height])).all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['vil_ls_tiny_hires', 'cvt_ls_13'])
+def test_trains_at_full_size(name):
+    """torchvision's own sizes, 800 to 1333 pixels: a batch upright and one lying, all gradients finite."""
+    model = fasterrcnn_fpn(name, num_classes=3, backbone_kwargs=dict(grad_checkpointing=True))
+    transform = model.transform
+    for sizes, padded in (([(427, 640), (384, 640)], (800, 1344)), ([(640, 480)], (1088, 800))):
+        images, targets = batch(sizes)
+        assert transform(images)[0].tensors.shape[2:] == padded
+        model.zero_grad()
+        losses = model(images, targets)
+        sum(losses.values()).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize('constructor, name, sizes', [
     (fasterrcnn_fpn, 'test_vil_ls', [[32.], [64.], [128.], [256.], [512.]]),
     (maskrcnn_fpn, 'test_cvt_ls', [[32.], [64.], [128.], [256.], [512.]]),

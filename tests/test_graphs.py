@@ -103,8 +103,9 @@ def test_compile_dynamic(name, kwargs, train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name, kwargs, train', [
-    ('vil_ls_tiny', TINY, False), ('cvt_ls_13', CVT, False),
+    ('vil_ls_tiny', dict(SHORT, attn_types=('ls', 'full')), False), ('cvt_ls_13', SHORT_CVT, False),
     ('vil_ls_tiny', dict(SHORT, attn_types=('ls', 'full')), True), ('cvt_ls_13', SHORT_CVT, True),
+    ('vil_ls_tiny', TINY, False), ('cvt_ls_13', CVT, False),
 ])
 def test_compile_inductor(name, kwargs, train):
     check_compiled(create(name, **kwargs).train(train), 'inductor')

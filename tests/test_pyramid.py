@@ -205,14 +205,22 @@ def test_script(name):
                 torch.testing.assert_close(actual[level], expected[level], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('attn_types', [('ls', 'ls'), ('ls', 'full')])
-def test_onnx(attn_types, tmp_path):
+VIL_OF_TWO = dict(
+    depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2), patch_sizes=(4, 8), num_global_tokens=(1, 0))
+CVT_OF_TWO = dict(
+    depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2), patch_sizes=(7, 7), patch_strides=(4, 8),
+    patch_paddings=(2, 1), attn_types=('ls', 'ls'), num_global_tokens=(0, 0))
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    ('vil_ls_tiny', dict(VIL_OF_TWO, attn_types=('ls', 'ls'))),
+    ('vil_ls_tiny', dict(VIL_OF_TWO, attn_types=('ls', 'full'))),
+    ('cvt_ls_13', CVT_OF_TWO)], ids=['ls-ls', 'ls-full', 'cvt'])
+def test_onnx(name, kwargs, tmp_path):
     """Backbone and FPN as one graph for images of any batch and size. Two stages: captured sooner than four."""
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
-    pyramid = create(
-        'vil_ls_tiny', depths=(1, 1), embed_dims=(16, 32), num_heads=(1, 2), patch_sizes=(4, 8),
-        num_global_tokens=(1, 0), attn_types=attn_types).eval()
+    pyramid = create(name, **kwargs).eval()
     dims = ({0: Dim('batch'), 2: Dim('height', min=33, max=2048), 3: Dim('width', min=33, max=2048)},)
     program = torch.onnx.export(pyramid, (image((96, 160)),), dynamo=True, dynamic_shapes=dims, verbose=False)
     program.save(tmp_path / 'pyramid.onnx')
