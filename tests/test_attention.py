@@ -374,7 +374,7 @@ def test_forcing_an_implementation():
         assert len(chosen) == 1
         layer(x)
         assert len(chosen) == 1
-    with pytest.raises(ValueError, match="'flash': expected one of auto, tiled, masked"):
+    with pytest.raises(ValueError, match="'flash': expected one of auto, tiled, masked, triton"):
         with attention_implementation('flash'):
             pass
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+import timm_ls.linear
 from timm_ls import benchmark
 from timm_ls.benchmark import (
     RELEASED,
@@ -26,8 +27,8 @@ from timm_ls.benchmark import (
 
 PEER = 'test_resnet'
 CELL_FIELDS = {
-    'model', 'kind', 'mode', 'batch_size', 'dtype', 'execution', 'height', 'width', 'seconds', 'median_s', 'iqr_s',
-    'images_per_s', 'speed', 'peak_bytes', 'memory', 'macs', 'matmul_fraction', 'max_difference', 'error'}
+    'model', 'kind', 'mode', 'batch_size', 'dtype', 'execution', 'height', 'width', 'linear', 'seconds', 'median_s',
+    'iqr_s', 'images_per_s', 'speed', 'peak_bytes', 'memory', 'macs', 'matmul_fraction', 'max_difference', 'error'}
 
 
 def setting(**changes):
@@ -84,6 +85,22 @@ def test_step(changes):
     assert logits.dtype == getattr(torch, where.dtype)
     assert model.training == (where.mode == 'train')
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('linear', benchmark.LINEAR)
+def test_linear_layers(linear, monkeypatch):
+    """Of all models alike: forced, ours go the same way as others."""
+    calls = []
+    convolve = timm_ls.linear.convolve
+    monkeypatch.setattr(timm_ls.linear, 'convolve', lambda *args: calls.append(1) or convolve(*args))
+    monkeypatch.setattr(timm_ls.linear, 'is_faster', lambda train: True)
+    for name, chosen in (('vil_ls_tiny_hires', ('auto', 'onednn')), ('test_vit', ('onednn',))):
+        where = setting(linear=linear, batch_size=16)
+        make_step(build(name, where), where)()
+        assert bool(calls) == (linear in chosen), name
+        calls.clear()
+    assert where.kind() == 'forward, batch 16, float32, eager' + (
+        '' if linear == 'auto' else f', {linear} linear layers')
 
 
 def test_compared(tmp_path, capsys):

@@ -21,6 +21,7 @@ from timm.models._input import update_model_input_size
 
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
+from .linear import linear_mode
 from .streaming import takes_pieces
 from .window import ceil_div, is_tracing_shapes
 from .window_attention import is_automatic
@@ -95,6 +96,18 @@ class Block(nn.Module):
             global_tokens: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
+        if torch.jit.is_scripting():
+            return self.update(x, global_tokens)
+        else:
+            with linear_mode(x):
+                return self.update(x, global_tokens)
+
+    def update(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """`forward`, linear layers as torch or `linear_mode` computes them."""
         norm_tokens = self.norm1(global_tokens) if global_tokens is not None else None
         if not torch.jit.is_scripting() and self.takes_pieces(x):
             x, d_tokens = self.attn.forward_by_pieces(x, norm_tokens, self.norm1, self.finish)

@@ -1,8 +1,8 @@
 """Command line: speed and memory of our models, of timm's and of the released code, side by side.
 
     python -m timm_ls.benchmark [MODEL ...] [--reference DIR] [--img-size 224 448 800x1333] [--batch-size 1 8]
-        [--mode forward train] [--dtype float32 bfloat16] [--execution eager compiled channels_last] [--device cuda]
-        [--allocator tuned] [--baseline MODEL] [--json FILE] [--plot FILE]
+        [--mode forward train] [--dtype float32 bfloat16] [--execution eager compiled channels_last]
+        [--linear default onednn] [--device cuda] [--allocator tuned] [--baseline MODEL] [--json FILE] [--plot FILE]
 
 Models that share a setting are timed in turns, in one process; peak memory is measured in a process of its own for
 each. Ratios are medians of the ratios within a turn, so that a machine that slows down slows down both sides.
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -31,12 +32,14 @@ from tqdm import tqdm
 
 from .__main__ import import_matplotlib, synchronize
 from .complexity import count_macs
+from .linear import OneDnnLinear, linear_implementation
 
 __all__ = ['main']
 
 MODES = ('forward', 'train')
 DTYPES = ('float32', 'bfloat16', 'float16')
 EXECUTIONS = ('eager', 'compiled', 'channels_last')
+LINEAR = ('auto', 'default', 'onednn')
 RELEASED = 'released:'  # label of the authors' code, in front of the name of our model
 # glibc never hands a block back to the system, and so never maps and clears its pages again
 TUNED_ALLOCATOR = {'MALLOC_MMAP_THRESHOLD_': str(2 ** 34), 'MALLOC_TRIM_THRESHOLD_': str(2 ** 34)}
@@ -54,10 +57,12 @@ class Setting:
     width: int
     device: str
     reference: Optional[str]  # the authors' imagenet/ folder
+    linear: str = 'auto'
 
     def kind(self) -> str:
         """All but the image size, as text."""
-        return f'{self.mode}, batch {self.batch_size}, {self.dtype}, {self.execution}'
+        linear = '' if self.linear == 'auto' else f', {self.linear} linear layers'
+        return f'{self.mode}, batch {self.batch_size}, {self.dtype}, {self.execution}{linear}'
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -74,9 +79,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     report = dict(machine=describe_machine(args), baseline=args.baseline, cells=[])
     print(machine_line(report['machine']), flush=True)
     settings = [
-        Setting(mode, batch_size, dtype, execution, height, width, args.device, args.reference)
+        Setting(mode, batch_size, dtype, execution, height, width, args.device, args.reference, linear)
         for mode in args.mode for batch_size in args.batch_size for dtype in args.dtype
-        for execution in args.execution for height, width in args.img_size]
+        for execution in args.execution for linear in args.linear for height, width in args.img_size]
     progress = tqdm(total=len(settings) * len(args.models) * (args.repeats + 2), leave=False, disable=None)
     for setting in settings:
         report['cells'] += compare(args.models, setting, args, report['machine']['matmul_gflops'], progress)
@@ -106,6 +111,9 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'],
                         help='float32, or autocast to another (default: float32)')
     parser.add_argument('--execution', nargs='+', choices=EXECUTIONS, default=['eager'])
+    parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['auto'],
+                        help="linear layers, on a CPU: torch's own, oneDNN's, each for all models alike, or our models'"
+                             ' choice (default: auto)')
     parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
     parser.add_argument('--allocator', choices=('default', 'tuned'), default='default',
                         help="tuned: with glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised")
@@ -222,6 +230,14 @@ def released_architecture(model: nn.Module) -> str:
     return '_'.join(stages)
 
 
+@contextmanager
+def linear_layers(name: str) -> Iterator[None]:
+    """Compute the linear layers of any model as the setting says."""
+    with linear_implementation('auto' if name == 'auto' else 'default'):
+        with OneDnnLinear() if name == 'onednn' else nullcontext():
+            yield
+
+
 def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     """A function that runs the model once in the given setting and returns the logits."""
     device = torch.device(setting.device)
@@ -235,7 +251,7 @@ def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     autocast = torch.autocast(device.type, getattr(torch, setting.dtype), enabled=setting.dtype != 'float32')
 
     def step() -> torch.Tensor:
-        with torch.set_grad_enabled(setting.mode == 'train'), autocast:
+        with torch.set_grad_enabled(setting.mode == 'train'), autocast, linear_layers(setting.linear):
             logits = run(x)
             if setting.mode == 'train':
                 loss = F.cross_entropy(logits.float(), target)

@@ -1,4 +1,4 @@
-"""Attention of every token to its window's halo and to a few extra keys: one mathematics, two implementations.
+"""Attention of every token to its window's halo and to a few extra keys: one mathematics, several implementations.
 
 `window_attention` is the one place that chooses between them:
 
@@ -7,10 +7,12 @@
   blocks call it for a few rows of queries at a time (`attend_rows`).
 - 'masked': one gather and one attention call over all windows, with a mask. No Python decision depends on a size, so
   that it can be scripted, traced, compiled and exported with dynamic sizes; plain autograd.
+
+A third, 'triton', is a kernel for CUDA devices (`triton_attention`), which only those who ask for it get.
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ from .window import (
 
 __all__ = ['attend', 'attend_rows', 'attention_implementation', 'is_automatic', 'softmax', 'window_attention']
 
-IMPLEMENTATIONS = ('auto', 'tiled', 'masked')
+IMPLEMENTATIONS = ('auto', 'tiled', 'masked', 'triton')
 _implementation: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
 
 # Bytes of keys and values gathered at a time: a few MB stay in cache, and keep peak memory flat at any image size
@@ -40,18 +42,22 @@ TILE_BYTES = 4 * 2 ** 20
 def attention_implementation(name: str) -> Iterator[None]:
     """Force how window attention is computed, for debugging and comparison.
 
-    Both ways give the same values and gradients up to rounding. Scripted, compiled and exported models always hold the
+    All ways give the same values and gradients up to rounding. Scripted, compiled and exported models always hold the
     masked one.
 
     Args:
         name: 'tiled' or 'masked', for a map as a whole, or 'auto' (the default: tiled in eager mode, by pieces of the
-            map in inference; masked where a graph is captured and where attention dropout is active).
+            map in inference; masked where a graph is captured and where attention dropout is active). 'triton' is a
+            kernel for CUDA devices; see `triton_attention` for what is known of it.
 
     Raises:
         ValueError: The name is unknown.
+        ImportError: It is 'triton', which is not installed. Tensors that it does not take are a RuntimeError later.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f'Unknown attention implementation {name!r}: expected one of {", ".join(IMPLEMENTATIONS)}.')
+    if name == 'triton':
+        _import_triton()  # an error now, not in the middle of a model
     token = _implementation.set(name)
     try:
         yield
@@ -127,7 +133,15 @@ def window_attention(
             return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
         if bias is not None:
             bias = bias.to(q.dtype)
+        if name == 'triton':
+            return _import_triton()(q, kv, extra_kv, bias, window_size, num_heads)
         return _TiledAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)
+
+
+def _import_triton() -> Callable[..., torch.Tensor]:
+    """The kernel, with what it needs: an optional package."""
+    from .triton_attention import triton_attention
+    return triton_attention
 
 
 def is_automatic() -> bool:

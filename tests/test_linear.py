@@ -1,0 +1,283 @@
+"""Linear layers by oneDNN: the values of torch's own, in training too, and out of the way of everything else."""
+import copy
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from small_models import create
+
+import timm_ls.linear
+from timm_ls import linear_implementation
+from timm_ls.linear import OneDnnLinear, is_faster, linear_mode
+
+MODELS = ['vil_ls_small', 'vil_ls_small_hires', 'cvt_ls_13']
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
+
+
+@pytest.fixture
+def convolutions(monkeypatch):
+    """The shapes of linear layers that were computed as convolutions."""
+    shapes = []
+    convolve = timm_ls.linear.convolve
+
+    def record(x, *args):
+        shapes.append(tuple(x.shape))
+        return convolve(x, *args)
+
+    monkeypatch.setattr(timm_ls.linear, 'convolve', record)
+    return shapes
+
+
+@pytest.fixture
+def decision(monkeypatch):
+    """Decides in the place of a measurement."""
+    decided = dict(faster=True, asked=[])
+    monkeypatch.setattr(timm_ls.linear, 'is_faster', lambda train: decided['asked'].append(train) or decided['faster'])
+    return decided
+
+
+@pytest.fixture(autouse=True)
+def start_with_the_default():
+    """So that what is expected is torch's own, whatever this machine's measurement says."""
+    with linear_implementation('default'):
+        yield
+
+
+def images(*size, batch=2):
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max() <= tolerance * e.abs().max() + 1e-12
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('shape', [(256, 24), (2, 21, 13, 24), (1, 331, 24), (3, 400, 24)])
+@pytest.mark.parametrize('bias', [True, False])
+def test_layer(shape, bias, threads):
+    """Values, first and second derivatives; oneDNN really runs, with one thread too."""
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    weight, b = torch.randn(40, 24, requires_grad=True), torch.randn(40, requires_grad=True) if bias else None
+    inputs = [t for t in (x, weight, b) if t is not None]
+
+    def compute():
+        y = F.linear(x, weight, b)
+        grads = torch.autograd.grad(y.sin().sum(), inputs, create_graph=True)
+        return y, *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+
+    expected, previous = compute(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with OneDnnLinear():
+            out = compute()
+            with torch.profiler.profile() as profile:
+                F.linear(x, weight, b)
+    finally:
+        torch.set_num_threads(previous)
+    assert_close(out, expected)
+    thin = shape == (1, 331, 24)  # a prime number: no map but a thin one, whose gradient is slow
+    assert ('aten::mkldnn_convolution' in {event.key for event in profile.key_averages()}) != thin
+    with OneDnnLinear(), torch.no_grad():
+        assert_close([F.linear(x, weight, b)], expected[:1])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_model(name, convolutions):
+    """Logits and every gradient to 1e-5, in training, checkpointed, and in inference; the same modules."""
+    model = create(name).double()  # so that what differs between the ways is rounding alone
+    names = {key: type(module) for key, module in model.named_modules()}
+    model = model.float()
+    x = images(136, 170)
+
+    def run():
+        model.zero_grad()
+        logits = model(x)
+        logits.square().sum().backward()
+        with torch.no_grad():
+            return [logits.detach(), model(x), *(parameter.grad for parameter in model.parameters())]
+
+    expected = run()
+    assert not convolutions
+    with linear_implementation('onednn'):
+        for checkpointing in (False, True):
+            model.set_grad_checkpointing(checkpointing)
+            # the bias of a dynamic projection has no gradient but rounding
+            keep = [True, True] + ['dynamic_projection.bias' not in key for key, _ in model.named_parameters()]
+            pairs = [(a, e) for a, e, kept in zip(run(), expected, keep) if kept]
+            assert_close(*zip(*pairs), tolerance=2e-5)
+            assert convolutions
+            convolutions.clear()
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Linear)} == {nn.Linear}
+    assert names == {key: type(module) for key, module in model.named_modules()}
+
+
+def test_auto(convolutions, decision):
+    """By the measurement, of inference or of training, and only once a map is large enough to gain."""
+    model = create('vil_ls_small')
+    with linear_implementation('auto'), torch.no_grad():
+        model(images(32, 40))
+        assert decision['asked'] == [] == convolutions
+        model(images(136, 170))
+    assert set(decision['asked']) == {False} and convolutions
+    decision.update(faster=False, asked=[])
+    convolutions.clear()
+    with linear_implementation('auto'):
+        model(images(136, 170)).sum().backward()
+    assert set(decision['asked']) == {True} and not convolutions
+    decision['faster'] = True
+    with linear_implementation('default'):
+        model(images(136, 170))
+    assert not convolutions
+
+
+def test_measured_once(monkeypatch):
+    """By all threads together, with a margin, apart for inference and training."""
+    for gain, expected in ((1., False), (1.1, False), (1.3, True)):
+        clock = [0.]
+        turns = []
+
+        def convolve(*args, gain=gain, clock=clock, turns=turns):
+            clock[0] += 1.
+            turns.append(threading.get_ident())
+            return args[0] @ args[1].T
+
+        def product(*args, gain=gain, clock=clock):
+            clock[0] += gain
+            return args[0] @ args[1].T
+
+        timm_ls.linear._is_faster.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(timm_ls.linear, 'convolve', convolve)
+            patch.setattr(timm_ls.linear.F, 'linear', product)
+            patch.setattr(timm_ls.linear.time, 'perf_counter', lambda clock=clock: clock[0])
+            with ThreadPoolExecutor(4) as pool:
+                assert list(pool.map(is_faster, [False] * 4)) == [expected] * 4
+            count = len(turns)
+            assert len(set(turns)) == 1
+            assert is_faster(True) is is_faster(True) is expected and len(turns) == 2 * count
+        timm_ls.linear._is_faster.cache_clear()
+    state = torch.random.get_rng_state()
+    start = time.process_time()
+    is_faster(False), is_faster(True)
+    print(f'measured in {time.process_time() - start:.3f} s: forward {is_faster(False)}, training {is_faster(True)}')
+    assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's random numbers change
+
+
+@pytest.mark.parametrize('what', ['autocast', 'no oneDNN', 'float64', 'bfloat16', 'meta', 'less precision', 'subclass'])
+def test_left_alone(what, convolutions):
+    """What oneDNN would not compute as torch does stays with torch."""
+    class Subclass(torch.Tensor):
+        pass
+
+    x, weight = torch.randn(16, 16, 24), torch.randn(40, 24)
+    context = linear_implementation('onednn')
+    if what == 'autocast':
+        context = torch.autocast('cpu', torch.bfloat16)
+    elif what == 'no oneDNN':
+        context = torch.backends.mkldnn.flags(enabled=False)
+    elif what in ('float64', 'bfloat16'):
+        x, weight = x.to(getattr(torch, what)), weight.to(getattr(torch, what))
+    elif what == 'meta':
+        x, weight = x.to('meta'), weight.to('meta')
+    elif what == 'subclass':
+        weight = weight.as_subclass(Subclass)
+    elif hasattr(torch.backends.mkldnn, 'matmul'):
+        torch.set_float32_matmul_precision('medium')
+    else:
+        pytest.skip('this torch does not tell the precision of its products')
+    try:
+        with context:
+            expected = F.linear(x, weight)
+            with linear_implementation('onednn'), linear_mode(x), OneDnnLinear():
+                out = F.linear(x, weight)
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    assert not convolutions
+    assert type(out) is type(expected) and out.dtype == expected.dtype
+    assert what == 'meta' or torch.equal(out, expected)
+
+
+def test_graphs_hold_linear_layers(convolutions):
+    """Whatever is captured while oneDNN is forced is captured as ever."""
+    model = create(
+        'vil_ls_tiny', embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), patch_sizes=(4, 8),
+        attn_types=('ls', 'full'), num_global_tokens=(1, 0)).eval()
+    x = images(80, 72)
+    with torch.no_grad():
+        expected = model(x)
+        with linear_implementation('onednn'):
+            torch._dynamo.reset()
+            graphs = {
+                'script': torch.jit.script(model),
+                'trace': torch.jit.trace(model, x),
+                'fx': torch.fx.symbolic_trace(model),
+                'compile': torch.compile(model, backend='aot_eager', fullgraph=True),
+                'export': torch.export.export(model, (x,), strict=False).module(),
+            }
+            convolutions.clear()  # tracing checks itself against eager mode
+            for kind, graph in graphs.items():
+                assert_close([graph(x)], [expected], tolerance=3e-5), kind
+    assert not convolutions
+    assert {type(module) for module in graphs['fx'].modules() if 'Linear' in type(module).__name__} == {nn.Linear}
+
+
+def test_compiled_part(convolutions):
+    """A compiled layer in a model in eager mode: the mode is active where it is called."""
+    model = create('vil_ls_small_hires').eval()
+    x = images(136, 170)
+    with torch.no_grad():
+        expected = model(x)
+        torch._dynamo.reset()
+        block = model.stages[0].blocks[0]
+        block.mlp = torch.compile(block.mlp, backend='aot_eager', fullgraph=True)
+        with linear_implementation('onednn'):
+            assert_close([model(x)], [expected])
+    assert convolutions and (2, 34, 43, 64) not in convolutions
+
+
+def test_replaced_layers(convolutions):
+    """LoRA's layers, hooks and dynamically quantised layers keep their part; copies and pickles are as before."""
+    peft = pytest.importorskip('peft', reason='peft is not installed')
+    model = create('vil_ls_small').eval()
+    x = images(136, 170)
+    config = peft.LoraConfig(r=2, target_modules=['qkv', 'proj', 'fc1', 'fc2'], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    seen = []
+    with torch.no_grad():
+        expected = adapted(x)
+        with linear_implementation('onednn'):
+            assert_close([adapted(x)], [expected], tolerance=3e-5)
+            assert any(shape[-1] == 2 for shape in convolutions)  # LoRA's own layers too
+            handle = model.stages[0].blocks[0].mlp.fc1.register_forward_hook(lambda *_: seen.append(1))
+            model(x)
+            handle.remove()
+            for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                assert torch.equal(clone(x), model(x))
+    assert seen
+
+
+def test_quantised_weights(convolutions):
+    """torchao's int8 weights are not taken apart."""
+    torchao = pytest.importorskip('torchao.quantization', reason='torchao is not installed')
+    model = timm.create_model('test_vil_ls').eval()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    x = images(136, 170)
+    with torch.no_grad():
+        expected = model(x)
+        with linear_implementation('onednn'):
+            assert torch.equal(model(x), expected)
+    assert not convolutions
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="'mkl': expected one of auto, default, onednn"):
+        with linear_implementation('mkl'):
+            pass
