@@ -29,7 +29,7 @@ def figures(notebook):
     return json.loads(next(line for line in printed(notebook).splitlines() if line.startswith('{')))
 
 
-@pytest.mark.parametrize('name', [*NOTEBOOKS, *KEPT])
+@pytest.mark.parametrize('name', [*NOTEBOOKS, *KEPT, 'finetune'])
 def test_kept_files_are_small_and_hold_no_paths(name):
     text = (ROOT / 'notebooks' / f'{name}.ipynb').read_text()
     assert len(text) < 1_000_000
@@ -73,7 +73,7 @@ def execute(monkeypatch):
 
 def test_every_notebook_is_tested_and_listed():
     names = {path.stem for path in (ROOT / 'notebooks').glob('*.ipynb')}
-    assert names == {*NOTEBOOKS, *KEPT}
+    assert names == {*NOTEBOOKS, *KEPT, 'finetune'}
     readme = (ROOT / 'notebooks' / 'README.md').read_text()
     assert {name for name in names if f'[{name}.ipynb]({name}.ipynb)' in readme} == names
 
@@ -111,6 +111,16 @@ def test_attention_maps_runs(execute):
     text = printed(execute('attention_maps'))
     assert all(re.search(rf'{name}: a 2, \d+% sure; it is a 2', text) for name in ('test_cvt_ls', 'test_vil_ls'))
     assert int(re.search(r'a landmark is spread over (\d+)% to', text)[1]) >= 80
+
+
+def test_finetune_runs(execute):
+    """With two training steps and two seeds: every run reports, and the saved model is the trained one."""
+    notebook = execute('finetune', NOTEBOOK_STEPS='2')
+    report = figures(notebook)
+    assert report['steps'] == report['seeds'] == 2 and report['held_out_images'] == 450
+    assert len(report['results']) == 4
+    assert all(0 <= a <= 1 for result in report['results'].values() for a in result['accuracy'])
+    assert 'Restored: the same logits' in printed(notebook)
 
 
 def test_high_resolution_runs(execute):
