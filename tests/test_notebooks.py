@@ -10,6 +10,7 @@ nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pi
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ['detection', 'segmentation']
+KEPT = ['attention_maps', 'finetune', 'high_resolution', 'quickstart']  # with outputs
 FIGURES = {'detection': ['box mAP@0.5', 'mask mAP@0.5'], 'segmentation': ['mIoU']}
 
 
@@ -28,7 +29,7 @@ def figures(notebook):
     return json.loads(next(line for line in printed(notebook).splitlines() if line.startswith('{')))
 
 
-@pytest.mark.parametrize('name', NOTEBOOKS)
+@pytest.mark.parametrize('name', [*NOTEBOOKS, *KEPT])
 def test_kept_files_are_small_and_hold_no_paths(name):
     text = (ROOT / 'notebooks' / f'{name}.ipynb').read_text()
     assert len(text) < 1_000_000
@@ -50,3 +51,95 @@ def test_runs(name, monkeypatch):
     assert len(report['results']) == 2 and 'ResNet-18' in report['results']
     for result in report['results'].values():
         assert all(0 <= result[figure] <= 1 for figure in FIGURES[name])
+
+
+@pytest.fixture
+def execute(monkeypatch):
+    """Run a notebook, with variables in its environment."""
+    nbclient = pytest.importorskip('nbclient', reason="nbclient is not installed: pip install 'timm-ls[notebooks]'")
+    pytest.importorskip('ipykernel', reason="ipykernel is not installed: pip install 'timm-ls[notebooks]'")
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
+
+    def run(name, **environment):
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        notebook = read(name)
+        resources = {'metadata': {'path': ROOT / 'notebooks'}}
+        nbclient.NotebookClient(notebook, timeout=600, kernel_name='python3', resources=resources).execute()
+        return notebook
+
+    return run
+
+
+def test_every_notebook_is_tested_and_listed():
+    names = {path.stem for path in (ROOT / 'notebooks').glob('*.ipynb')}
+    assert names == {*NOTEBOOKS, *KEPT}
+    readme = (ROOT / 'notebooks' / 'README.md').read_text()
+    assert {name for name in names if f'[{name}.ipynb]({name}.ipynb)' in readme} == names
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_kept_outputs_are_of_one_clean_run(name):
+    """Every cell ran, from top to bottom, without errors and warnings; there are pictures."""
+    cells = [cell for cell in read(name).cells if cell.cell_type == 'code']
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == 'error' or output.get('name') == 'stderr']
+    assert any('image/png' in output.get('data', {}) for output in outputs)
+
+
+def test_finetune_keeps_what_it_claims():
+    """97% of the held-out digits with every seed, within ten minutes of two cores; peers with as many epochs."""
+    report = figures(read('finetune'))
+    results = report['results']
+    scratch = ['test_vil_ls', 'ResNet-18', 'Swin micro']
+    assert report['held_out_images'] == 450 and report['seeds'] == 3
+    assert set(results) == {*scratch, 'test_vil_ls, shipped weights'}
+    assert all(len(result['accuracy']) == 3 for result in results.values())
+    assert min(results['test_vil_ls']['accuracy']) >= .97
+    assert max(results['test_vil_ls']['cpu_seconds']) <= 2 * 600
+    assert {results[name]['epochs'] for name in scratch} == {15}
+    assert .8 < results['Swin micro']['parameters'] / results['test_vil_ls']['parameters'] < 1.25
+
+
+def test_high_resolution_keeps_what_it_claims():
+    """Linear in pixels where attention is, from 224 to 4096 a side; full attention grows faster."""
+    results = figures(read('high_resolution'))['results']
+    ours, swin, vit = (results[name] for name in (
+        'vil_ls_tiny_hires', 'swin_tiny_patch4_window7_224', 'vit_tiny_patch16_224'))
+    for result in (ours, swin):
+        assert result['sides'][0] == 224 and result['sides'][-1] == 4096 and all(result['peak_mb'])
+    assert ours['time_exponent'] < 1.15 and ours['memory_exponent'] < 1.15
+    assert vit['time_exponent'] > ours['time_exponent'] + .3
+
+
+def test_quickstart_runs(execute):
+    """The shipped weights know the held-out digits."""
+    text = printed(execute('quickstart'))
+    assert float(re.search(r'([\d.]+)% of 450 held-out digits are told right', text)[1]) >= 99
+    assert 'stride 4 [1, 64, 84, 63], stride 16 [1, 384, 21, 16]' in text
+
+
+def test_attention_maps_runs(execute):
+    """Both models know the digit; a model with random weights has even landmarks."""
+    text = printed(execute('attention_maps'))
+    assert all(re.search(rf'{name}: a 2, \d+% sure; it is a 2', text) for name in ('test_cvt_ls', 'test_vil_ls'))
+    assert int(re.search(r'a landmark is spread over (\d+)% to', text)[1]) >= 80
+
+
+def test_finetune_runs(execute):
+    """With two training steps and two seeds: every run reports, and the saved model is the trained one."""
+    notebook = execute('finetune', NOTEBOOK_STEPS='2')
+    report = figures(notebook)
+    assert report['steps'] == report['seeds'] == 2 and report['held_out_images'] == 450
+    assert len(report['results']) == 4
+    assert all(0 <= a <= 1 for result in report['results'].values() for a in result['accuracy'])
+    assert 'Restored: the same logits' in printed(notebook)
+
+
+def test_high_resolution_runs(execute):
+    """At two small sizes, without memory."""
+    results = figures(execute('high_resolution', NOTEBOOK_MAX_SIDE='256'))['results']
+    assert len(results) == 3
+    for result in results.values():
+        assert result['sides'] == [224, 256] and min(result['seconds']) > 0 and result['peak_mb'] == [None, None]
