@@ -1,9 +1,12 @@
 """Linear layers by oneDNN: the values of torch's own, in training too, and out of the way of everything else."""
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import timm
@@ -16,6 +19,7 @@ import timm_ls.linear
 from timm_ls import linear_implementation
 from timm_ls.linear import OneDnnLinear, is_faster, linear_mode
 
+ROOT = Path(__file__).parent.parent
 MODELS = ['vil_ls_small', 'vil_ls_small_hires', 'cvt_ls_13']
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
 
@@ -281,3 +285,19 @@ def test_unknown_name():
     with pytest.raises(ValueError, match="'mkl': expected one of auto, default, onednn"):
         with linear_implementation('mkl'):
             pass
+
+
+FIRST_QUESTION = """
+import faulthandler, timm, timm_ls, torch
+faulthandler.dump_traceback_later(200, exit=True)
+model = timm.create_model('test_vil_ls')
+model.set_grad_checkpointing(True)
+model(torch.randn(2, 3, 96, 96)).sum().backward()
+assert timm_ls.linear._is_faster.cache_info().misses == 1
+"""
+
+
+def test_first_asked_within_a_checkpointed_block():
+    """The measurement's own gradients do not run the block again, which would wait for the measurement for ever."""
+    result = subprocess.run([sys.executable, '-c', FIRST_QUESTION], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
