@@ -9,9 +9,9 @@ import pytest
 nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pip install 'timm-ls[notebooks]'")
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = ['detection', 'segmentation']
-KEPT = ['attention_maps', 'finetune', 'high_resolution', 'quickstart']  # with outputs
-FIGURES = {'detection': ['box mAP@0.5', 'mask mAP@0.5'], 'segmentation': ['mIoU']}
+NOTEBOOKS = ['attention_maps', 'detection', 'finetune', 'high_resolution', 'quickstart', 'segmentation']
+# what a model of ours has to reach on held-out images, at least
+FIGURES = {'detection': {'box mAP@0.5': .6, 'mask mAP@0.5': .5}, 'segmentation': {'mIoU': .7}}
 
 
 def read(name):
@@ -29,28 +29,11 @@ def figures(notebook):
     return json.loads(next(line for line in printed(notebook).splitlines() if line.startswith('{')))
 
 
-@pytest.mark.parametrize('name', [*NOTEBOOKS, *KEPT])
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_kept_files_are_small_and_hold_no_paths(name):
     text = (ROOT / 'notebooks' / f'{name}.ipynb').read_text()
     assert len(text) < 1_000_000
     assert not re.search(r'/(?:home|root|work|tmp|usr|venv|Users)/|site-packages', text)
-
-
-@pytest.mark.parametrize('name', NOTEBOOKS)
-def test_runs(name, monkeypatch):
-    """With two training steps: every cell, the same kinds of figures."""
-    nbclient = pytest.importorskip('nbclient', reason="nbclient is not installed: pip install 'timm-ls[notebooks]'")
-    pytest.importorskip('ipykernel', reason="ipykernel is not installed: pip install 'timm-ls[notebooks]'")
-    monkeypatch.setenv('NOTEBOOK_STEPS', '2')
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
-    notebook = read(name)
-    nbclient.NotebookClient(
-        notebook, timeout=600, kernel_name='python3', resources={'metadata': {'path': ROOT / 'notebooks'}}).execute()
-    report = figures(notebook)
-    assert report['steps'] == 2 and report['held_out_images'] == 8
-    assert len(report['results']) == 2 and 'ResNet-18' in report['results']
-    for result in report['results'].values():
-        assert all(0 <= result[figure] <= 1 for figure in FIGURES[name])
 
 
 @pytest.fixture
@@ -73,19 +56,19 @@ def execute(monkeypatch):
 
 def test_every_notebook_is_tested_and_listed():
     names = {path.stem for path in (ROOT / 'notebooks').glob('*.ipynb')}
-    assert names == {*NOTEBOOKS, *KEPT}
+    assert names == set(NOTEBOOKS)
     readme = (ROOT / 'notebooks' / 'README.md').read_text()
     assert {name for name in names if f'[{name}.ipynb]({name}.ipynb)' in readme} == names
 
 
-@pytest.mark.parametrize('name', KEPT)
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_kept_outputs_are_of_one_clean_run(name):
     """Every cell ran, from top to bottom, without errors and warnings; there are pictures."""
     cells = [cell for cell in read(name).cells if cell.cell_type == 'code']
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == 'error' or output.get('name') == 'stderr']
-    assert any('image/png' in output.get('data', {}) for output in outputs)
+    assert any({'image/png', 'image/jpeg'} & set(output.get('data', {})) for output in outputs)
 
 
 def test_finetune_keeps_what_it_claims():
@@ -111,6 +94,25 @@ def test_high_resolution_keeps_what_it_claims():
         assert result['sides'][0] == 224 and result['sides'][-1] == 4096 and all(result['peak_mb'])
     assert ours['time_exponent'] < 1.15 and ours['memory_exponent'] < 1.15
     assert vit['time_exponent'] > ours['time_exponent'] + .3
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_detector_and_segmenter_keep_what_they_claim(name):
+    """Good from scratch, beside a ResNet-18 that saw the same images, in twenty minutes of one core's time."""
+    report = figures(read(name))
+    assert report['held_out_images'] == 200 and set(report['results']) == {report['model'], 'ResNet-18'}
+    assert all(report['results'][report['model']][figure] >= least for figure, least in FIGURES[name].items())
+    assert sum(report['cpu_seconds'].values()) < 1200
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_detector_and_segmenter_run(execute, name):
+    """With two training steps: every cell, the same kinds of figures."""
+    report = figures(execute(name, NOTEBOOK_STEPS='2'))
+    assert report['steps'] == 2 and report['held_out_images'] == 8
+    assert len(report['results']) == 2 and 'ResNet-18' in report['results']
+    for result in report['results'].values():
+        assert all(0 <= result[figure] <= 1 for figure in FIGURES[name])
 
 
 def test_quickstart_runs(execute):

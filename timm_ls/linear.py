@@ -26,6 +26,7 @@ __all__ = ['OneDnnLinear', 'linear_implementation', 'linear_mode']
 
 IMPLEMENTATIONS = ('auto', 'default', 'onednn')
 MIN_TOKENS = 256  # fewer do not make up for the copy of the weights that oneDNN makes in each call
+MIN_ELEMENTS = 20480  # torch keeps convolutions of as many or fewer for its own code, which is slow
 MIN_SIDE = 8  # of the map that tokens are viewed as: the gradients of thinner ones are slow
 MIN_GAIN = 1.15  # less is within the noise of a measurement
 
@@ -94,7 +95,8 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tenso
     if input.ndim > 1 and weight.ndim == 2 and all(is_plain(x) for x in (input, weight, bias) if x is not None):
         tokens = input.numel() // max(1, input.shape[-1])
         height = next(h for h in range(max(1, math.isqrt(tokens)), 0, -1) if tokens % h == 0)  # as square as can be
-        if tokens >= MIN_TOKENS and (height >= MIN_SIDE or not torch.is_grad_enabled()) and is_available():
+        is_large = tokens >= MIN_TOKENS and input.numel() > MIN_ELEMENTS
+        if is_large and (height >= MIN_SIDE or not torch.is_grad_enabled()) and is_available():
             return convolve(input, weight, bias, height)
     return F.linear(input, weight, bias)
 

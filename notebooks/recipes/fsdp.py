@@ -97,13 +97,8 @@ def train(args, model, images, device):
                     shutil.rmtree(old)
 
 
-def main(argv=None):
-    """Start the processes' group, build the sharded model, train it and keep its weights in one file."""
-    args = parser(__doc__).parse_args(argv)
-    device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if torch.cuda.is_available() else torch.device('cpu')
-    if device.type == 'cuda':
-        torch.cuda.set_device(device)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+def fine_tune(args, device):
+    """Build the sharded model, train it and keep its weights in one file."""
     images, val = open_images(args)
     model = make_model(args, images, val)
     if device.type == 'cuda':
@@ -114,7 +109,19 @@ def main(argv=None):
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         save_weights(weights, args)
-    dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Fine-tune within a group of processes."""
+    args = parser(__doc__).parse_args(argv)
+    device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if torch.cuda.is_available() else torch.device('cpu')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+    try:
+        fine_tune(args, device)
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == '__main__':
