@@ -30,6 +30,7 @@ ATTENTION_TESTS = (
     'tests/test_attention.py -k "axis_spans or released or mixed or table or plain or mix or tile_size or outside"',
     'tests/test_attention.py --deselect tests/test_attention.py::test_oracle_sweep',
     'tests/test_attention.py::test_oracle_sweep tests/test_properties.py',
+    'tests/test_streaming.py',
     'tests/test_graphs.py -k "test_script or test_symbolic_trace"',
 )
 MODEL_TESTS = (

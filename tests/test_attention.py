@@ -342,6 +342,14 @@ def test_table_is_replaced_only_for_another_size():
     assert torch.equal(bias.table, resize_bias_table(table, (9, 7)))
 
 
+@pytest.mark.parametrize('make', [LongShortAttention2d, GlobalAttention2d])
+def test_projections_have_a_bias_unless_told_otherwise(make):
+    """As released."""
+    for given, expected in (({}, True), (dict(qkv_bias=True), True), (dict(qkv_bias=False), False)):
+        layer = make(8, 2, **given)
+        assert (layer.qkv.bias is not None) == expected and layer.proj.bias is not None
+
+
 def test_axis_spans():
     """Spans hold each window's queries and valid keys once, in order, and are few however long the axis."""
     for window in range(1, 10):

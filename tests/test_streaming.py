@@ -7,6 +7,7 @@ from small_models import perturbed
 
 import timm_ls
 from timm_ls import attention_implementation
+from timm_ls.cvt_ls import ConvGlobalAttention2d
 from timm_ls.streaming import image_groups, row_pieces, takes_pieces
 
 VARIANTS = {
@@ -62,6 +63,17 @@ def test_layers_see_pieces(monkeypatch, variant):
     assert all(shape[0] == 1 and shape[1] <= 6 and shape[2:] == (15, 12) for shape in maps)  # 8 rows of 1440 bytes
     assert sum(shape[1] for shape in maps) == 2 * 40
     assert [shape for shape in seen if len(shape) == 3] == [(2, 1, 12)]  # global tokens
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_attention_takes_pieces(monkeypatch, variant):
+    """But for full attention with projections by convolutions, which only plain CvT has."""
+    pieces_of(monkeypatch, 1)
+    with torch.no_grad():
+        for stage in build(variant).stages:
+            for block in stage.blocks:
+                x = torch.randn(1, 6, 6, len(block.norm1.weight), dtype=torch.float64)
+                assert block.takes_pieces(x) == (not isinstance(block.attn, ConvGlobalAttention2d))
 
 
 def test_who_sees_the_whole(monkeypatch):
