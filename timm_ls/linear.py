@@ -94,10 +94,10 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tenso
     """`F.linear` by oneDNN, or, for what that would not speed up or change, as it is."""
     if input.ndim > 1 and weight.ndim == 2 and all(is_plain(x) for x in (input, weight, bias) if x is not None):
         tokens = input.numel() // max(1, input.shape[-1])
-        height = next(h for h in range(max(1, math.isqrt(tokens)), 0, -1) if tokens % h == 0)  # as square as can be
-        is_large = tokens >= MIN_TOKENS and input.numel() > MIN_ELEMENTS
-        if is_large and (height >= MIN_SIDE or not torch.is_grad_enabled()) and is_available():
-            return convolve(input, weight, bias, height)
+        if tokens >= MIN_TOKENS and input.numel() > MIN_ELEMENTS and is_available():
+            height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)  # as square as can be
+            if height >= MIN_SIDE or not torch.is_grad_enabled():
+                return convolve(input, weight, bias, height)
     return F.linear(input, weight, bias)
 
 

@@ -29,8 +29,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def locate_queries(H, W, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """Of this program: its image, its window's first row and column, its queries within the window and in the map."""
+def load_queries(q, H, W, q_image, q_row, q_col, D, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of this program: its image, its window's first row and column, its queries' places within the window and in the
+    map, which there are, its head's channels, and the queries, zeros where there are none, [BLOCK_Q, BLOCK_D]."""
     rows, cols = tl.cdiv(H, WINDOW), tl.cdiv(W, WINDOW)
     tiles: tl.constexpr = (WINDOW * WINDOW + BLOCK_Q - 1) // BLOCK_Q
     window = tl.program_id(0) // tiles
@@ -38,7 +39,12 @@ def locate_queries(H, W, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr):
     top, left = (window // cols % rows * WINDOW).to(tl.int64), window % cols * WINDOW
     query = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     y, x = top + query // WINDOW, left + query % WINDOW
-    return image, top, left, query, y, x, (query < WINDOW * WINDOW) & (y < H) & (x < W)
+    valid = (query < WINDOW * WINDOW) & (y < H) & (x < W)
+    in_head = tl.arange(0, BLOCK_D) < D
+    channel = tl.program_id(1) * D + tl.arange(0, BLOCK_D)
+    at = image * q_image + y * q_row + x * q_col
+    queries = tl.load(q + at[:, None] + channel[None, :], mask=valid[:, None] & in_head[None, :], other=0.)
+    return image, top, left, query, (image * H + y) * W + x, valid, in_head, channel, queries
 
 
 @triton.jit
@@ -82,12 +88,9 @@ def forward_kernel(
     """Outputs [B, H, W, C] and the log-sum-exp of their logits [B, H, W, heads]."""
     HALO: tl.constexpr = WINDOW + 2 * P
     head = tl.program_id(1)
-    image, top, left, query, y, x, valid = locate_queries(H, W, WINDOW, BLOCK_Q)
-    in_head = tl.arange(0, BLOCK_D) < D
-    channel = head * D + tl.arange(0, BLOCK_D)
+    image, top, left, query, pixel, valid, in_head, channel, queries = load_queries(
+        q, H, W, q_image, q_row, q_col, D, WINDOW, BLOCK_Q, BLOCK_D)
     mask = valid[:, None] & in_head[None, :]
-    q_at = image * q_image + y * q_row + x * q_col
-    queries = tl.load(q + q_at[:, None] + channel[None, :], mask=mask, other=0.)
 
     highest = tl.full([BLOCK_Q], -1e30, tl.float32)  # finite: a block may hold no key at all
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -106,7 +109,6 @@ def forward_kernel(
         sums = sums * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision='ieee')
         highest = new_highest
 
-    pixel = (image * H + y) * W + x
     tl.store(out + pixel[:, None] * C + channel[None, :], (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)
     tl.store(lse + pixel * tl.num_programs(1) + head, highest + tl.log(total), mask=valid)
 
@@ -121,13 +123,9 @@ def backward_kernel(
     """Gradients: of queries stored, of the rest added in float32. Outputs and gradients are contiguous."""
     HALO: tl.constexpr = WINDOW + 2 * P
     head = tl.program_id(1)
-    image, top, left, query, y, x, valid = locate_queries(H, W, WINDOW, BLOCK_Q)
-    in_head = tl.arange(0, BLOCK_D) < D
-    channel = head * D + tl.arange(0, BLOCK_D)
+    image, top, left, query, pixel, valid, in_head, channel, queries = load_queries(
+        q, H, W, q_image, q_row, q_col, D, WINDOW, BLOCK_Q, BLOCK_D)
     mask = valid[:, None] & in_head[None, :]
-    q_at = image * q_image + y * q_row + x * q_col
-    queries = tl.load(q + q_at[:, None] + channel[None, :], mask=mask, other=0.)
-    pixel = (image * H + y) * W + x
     out_at = pixel[:, None] * C + channel[None, :]
     grads = tl.load(grad_out + out_at, mask=mask, other=0.)
     outs = tl.load(out + out_at, mask=mask, other=0.)
