@@ -38,7 +38,7 @@ def sum_per_head(weights: torch.Tensor, values: torch.Tensor, num_heads: int) ->
     head, but a single large one that reads `values` as it lies in memory.
 
     Args:
-        weights: [B, N, num_heads * r].
+        weights: [B, num_heads * r, N].
         values: [B, N, ..., C].
         num_heads: Heads that share the C channels.
 
@@ -46,14 +46,14 @@ def sum_per_head(weights: torch.Tensor, values: torch.Tensor, num_heads: int) ->
         [B, r, ..., C].
     """
     B, C = values.shape[0], values.shape[-1]
-    r = weights.shape[-1] // num_heads
+    r = weights.shape[1] // num_heads
     shape = [B, r] + list(values.shape[2:])
     values = values.flatten(2)
     parts = values.shape[2] // C
     # weights that add up to one over a million tokens, times this, are still normal numbers in float16; a power of two
     # changes no digit of any other type
     scale = 256.
-    sums = (weights * scale).to(values.dtype).transpose(1, 2) @ values
+    sums = (weights * scale).to(values.dtype) @ values
     sums = (sums / scale).reshape(B, num_heads, r, parts, num_heads, C // num_heads)
     return sums.diagonal(dim1=1, dim2=4).permute(0, 1, 2, 4, 3).reshape(shape)  # from [B, r, parts, heads, C / heads]
 
@@ -81,10 +81,10 @@ def attend_part(
     d = C // num_heads
     # block-diagonal queries: the logits of all heads in one product over the keys as they lie in memory
     q = (q * d ** -0.5).unflatten(-1, (num_heads, d)).permute(0, 1, 3, 2)
-    q = q.diag_embed().permute(0, 3, 2, 4, 1).flatten(1, 2).flatten(2)  # [B, C, num_heads * g]
-    logits = keys.to(q.dtype) @ q
+    q = q.diag_embed().permute(0, 4, 1, 3, 2).flatten(3).flatten(1, 2)  # [B, num_heads * g, C]
+    logits = q @ keys.to(q.dtype).transpose(1, 2)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    share = logits.logsumexp(dim=1, keepdim=True)
+    share = logits.logsumexp(dim=2, keepdim=True)
     out = sum_per_head((logits - share).exp(), values, num_heads)
     return out, share.reshape(B, num_heads, g).transpose(1, 2)
 
@@ -284,7 +284,8 @@ class LongShortAttention2d(nn.Module):
 
     def split(self, qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """From [..., 3 * C] to queries [..., C] and normalised keys and values [..., 2, C]."""
-        return qkv[..., :self.dim], self.norm_kv(qkv[..., self.dim:].unflatten(-1, (2, self.dim)))
+        q, kv = qkv.split([self.dim, 2 * self.dim], dim=-1)  # not two slices, whose gradients would be padded and added
+        return q, self.norm_kv(kv.unflatten(-1, (2, self.dim)))
 
     def extra_keys(
             self,
@@ -322,7 +323,7 @@ class LongShortAttention2d(nn.Module):
 
     def landmarks(self, weights: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values [B, H, W, 2, C] into [B, rank, 2, C] by the dynamic projection's logits."""
-        weights = softmax(weights.flatten(1, 2), dim=1)
+        weights = softmax(weights.flatten(1, 2).transpose(1, 2), dim=2)  # torch is slow along other dimensions
         return self.norm_landmarks(sum_per_head(weights, kv.flatten(1, 2), self.num_heads))
 
     def attend_global(
@@ -548,7 +549,7 @@ def attend_heads(
     k = k.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     v = v.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     if bias is not None:
-        bias = bias.to(q.dtype)
+        bias = bias.to(q.dtype).unsqueeze(0)  # with fewer than four dimensions torch's fused kernels do not take it
     return attend(q, k, v, bias, dropout_p, fused).transpose(1, 2).flatten(2)
 
 

@@ -17,7 +17,7 @@ Tokenwise = Callable[[torch.Tensor], torch.Tensor]  # treats tokens one by one
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # likewise, from two maps
 
 # Bytes of a map to take at a time. On a CPU a few MB stay in cache; elsewhere a piece has to keep a large device busy.
-CPU_PIECE_BYTES = 2 * 2 ** 20
+CPU_PIECE_BYTES = 4 * 2 ** 20
 PIECE_BYTES = 64 * 2 ** 20
 
 
@@ -42,7 +42,8 @@ def takes_pieces(module: nn.Module, x: torch.Tensor) -> bool:
 def image_groups(x: torch.Tensor) -> List[slice]:
     """Cut a batch of maps [B, ...] into groups of whole images, of a piece at most if more than one."""
     B = x.shape[0]
-    size = max(1, min(B, piece_bytes(x) // max(1, x[:1].numel() * x.element_size())))
+    size = max(1, piece_bytes(x) // max(1, x[:1].numel() * x.element_size()))
+    size = ceil_div(B, ceil_div(B, size))  # as equal as can be
     return [slice(start, min(B, start + size)) for start in range(0, B, size)]
 
 

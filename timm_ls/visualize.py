@@ -99,8 +99,8 @@ def _find(calls: Sequence[_Call], layer: str) -> _Call:
 
 
 def _projection(call: _Call) -> torch.Tensor:
-    """The dynamic projection, softmax over tokens, [1, N, heads * rank]."""
-    return softmax(call.layer.dynamic_projection(call.x).flatten(1, 2), dim=1)
+    """The dynamic projection, softmax over tokens, [1, heads * rank, N]."""
+    return softmax(call.layer.dynamic_projection(call.x).flatten(1, 2).transpose(1, 2), dim=2)
 
 
 def _landmark_map(call: _Call) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _landmark_map(call: _Call) -> torch.Tensor:
     layer, (H, W) = call.layer, call.x.shape[1:3]
     if layer.rank == 0:
         return call.x.new_zeros(layer.num_heads, 0, H, W)
-    return _projection(call)[0].T.reshape(layer.num_heads, layer.rank, H, W)
+    return _projection(call).reshape(layer.num_heads, layer.rank, H, W)
 
 
 @torch.no_grad()

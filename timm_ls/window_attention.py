@@ -12,7 +12,7 @@ A third, 'triton', is a kernel for CUDA devices (`triton_attention`), which only
 """
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +86,13 @@ def attend(
         v: Values, [..., heads, S, d].
         bias: Added to the scaled logits, broadcastable to [..., heads, L, S].
         dropout_p: Probability of dropping an attention weight.
-        fused: Use torch's `scaled_dot_product_attention`.
+        fused: Use torch's `scaled_dot_product_attention`, but where it has no kernel: for a bias that learns, on a CPU.
 
     Returns:
         [..., heads, L, d].
     """
+    if bias is not None and bias.requires_grad and bias.device.type == 'cpu' and not is_tracing_shapes():
+        fused = False  # torch would take a plain form of its own, slower as it looks for masked rows
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -191,36 +193,60 @@ def _masked(
 
 
 class _Tile(NamedTuple):
-    """A block of windows with the same valid part of the halo, of a few images."""
+    """A block of windows with the same valid part of the halo, of a few images.
+
+    Its views of maps go by head, so that products over heads need no further copy.
+    """
 
     images: slice
     row: AxisSpan
     col: AxisSpan
 
-    def queries(self, x: torch.Tensor, window_size: int, first_row: int = 0) -> torch.Tensor:
-        """View of the tile's queries in a map from row `first_row` on, [b, n, m, query rows, query cols, C]."""
-        return window_view(
+    def queries(self, x: torch.Tensor, window_size: int, num_heads: int, first_row: int = 0) -> torch.Tensor:
+        """View of the tile's queries in maps [B, rows, W, C] from row `first_row` on, [b, n, m, heads, qh, qw, d]."""
+        windows = window_view(
             x[self.images],
             self.row.query_start - first_row, self.row.query_size, self.row.count,
             self.col.query_start, self.col.query_size, self.col.count,
             stride=window_size,
         )
+        return windows.unflatten(5, (num_heads, -1)).permute(0, 1, 2, 5, 3, 4, 6)
 
-    def keys(self, x: torch.Tensor, window_size: int) -> torch.Tensor:
-        """View of the tile's overlapping halos in a map, [b, n, m, key rows, key cols, C]."""
-        return window_view(
-            x[self.images],
+    def keys(self, x: torch.Tensor, window_size: int, num_heads: int, step: int = 1) -> torch.Tensor:
+        """View of the tile's overlapping halos in maps [B, H, W, 2, C], [2, b, n, m, heads, kh, kw, d].
+
+        Args:
+            x: The maps.
+            window_size: Rows and columns of a window.
+            num_heads: Heads that share the C channels.
+            step: Windows from one of the tile's to its next.
+        """
+        windows = window_view(
+            x[self.images].flatten(3),
             self.row.key_start, self.row.key_size, self.row.count,
             self.col.key_start, self.col.key_size, self.col.count,
-            stride=window_size,
+            stride=step * window_size,
         )
+        return windows.unflatten(5, (2, num_heads, -1)).permute(5, 0, 1, 2, 6, 3, 4, 7)
+
+    def every_other(self, i: int, j: int, window_size: int) -> '_Tile':
+        """Every second window along both axes, from the given ones on; for `keys` with a `step` of two."""
+
+        def part(span: AxisSpan, first: int) -> AxisSpan:
+            count = len(range(first, span.count, 2))
+            return span._replace(count=count, key_start=span.key_start + first * window_size)
+
+        return self._replace(row=part(self.row, i), col=part(self.col, j))
+
+    def halo(self) -> Tuple[int, ...]:
+        """What a tile's logits' bias depends on."""
+        row, col = self.row, self.col
+        return row.query_size, row.halo_offset, row.key_size, col.query_size, col.halo_offset, col.key_size
 
     def bias(self, x: torch.Tensor) -> torch.Tensor:
         """View of the tile's part of a full-halo bias, [heads, query rows, query cols, key rows, key cols]."""
-        row, col = self.row, self.col
-        return x[
-            :, :row.query_size, :col.query_size,
-            row.halo_offset:row.halo_offset + row.key_size, col.halo_offset:col.halo_offset + col.key_size]
+        qh, top, kh, qw, left, kw = self.halo()
+        return x[:, :qh, :qw, top:top + kh, left:left + kw]
 
 
 def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -> Iterator[_Tile]:
@@ -250,22 +276,40 @@ def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -
                     yield _Tile(slice(image, min(B, image + images)), part, col)
 
 
-def _gather_keys(tile: _Tile, kv: torch.Tensor, extra_kv: torch.Tensor, window_size: int) -> torch.Tensor:
-    """Extra keys, then the halo, of each window of a tile: [windows, E + K, 2 * C]."""
-    halo = tile.keys(kv.flatten(3), window_size)
-    b, n, m, kh, kw, C2 = halo.shape
+def _gather_keys(
+        tile: _Tile,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        window_size: int,
+        num_heads: int,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Extra keys, then the halo, of each window of a tile, and their values: both [windows, heads, E + K, d]."""
+    halo = tile.keys(kv, window_size, num_heads)
+    kh, kw, d = halo.shape[5:]
     E = extra_kv.shape[1]
-    keys = kv.new_empty(b, n, m, E + kh * kw, C2)
-    keys[..., :E, :] = extra_kv[tile.images].flatten(2)[:, None, None]
-    keys[..., E:, :].unflatten(3, (kh, kw)).copy_(halo)
-    return keys.flatten(0, 2)
+    keys = kv.new_empty(halo.shape[:5] + (E + kh * kw, d))
+    extra = extra_kv[tile.images].unflatten(3, (num_heads, d)).permute(2, 0, 3, 1, 4)
+    keys[..., :E, :] = extra[:, :, None, None]
+    keys[..., E:, :].unflatten(5, (kh, kw)).copy_(halo)
+    k, v = keys.flatten(1, 3)
+    return k, v
 
 
-def _tile_bias(tile: _Tile, bias: Optional[torch.Tensor], num_extra: int) -> Optional[torch.Tensor]:
-    """Bias of a tile's logits, zero for the extra keys: [heads, L, E + K]."""
-    if bias is None:
-        return None
-    return F.pad(tile.bias(bias).flatten(3).flatten(1, 2), (num_extra, 0))
+class _TileBias:
+    """Bias of tiles' logits, zero for the extra keys; neighbours mostly share one."""
+
+    def __init__(self, bias: Optional[torch.Tensor], num_extra: int):
+        self.bias = bias
+        self.num_extra = num_extra
+        self.halo: Tuple[int, ...] = ()
+        self.logits_bias: Optional[torch.Tensor] = None
+
+    def of(self, tile: _Tile) -> Optional[torch.Tensor]:
+        """[1, heads, L, E + K]."""
+        if self.bias is not None and self.halo != tile.halo():
+            self.halo = tile.halo()
+            self.logits_bias = F.pad(tile.bias(self.bias).flatten(3).flatten(1, 2), (self.num_extra, 0))[None]
+        return self.logits_bias
 
 
 def attend_rows(
@@ -292,18 +336,14 @@ def attend_rows(
     Returns:
         [B, rows, W, C].
     """
-    C = q.shape[3]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tile_bias = _TileBias(bias, extra_kv.shape[1])
     for tile in _tiles(kv.shape[1], q, window_size, first_row):
-        q_tile = tile.queries(q, window_size, first_row)
-        b, n, m, qh, qw, _ = q_tile.shape
-        q_win = q_tile.reshape(b * n * m, qh * qw, num_heads, C // num_heads).transpose(1, 2)
-        keys = _gather_keys(tile, kv, extra_kv, window_size)
-        k_win, v_win = keys.unflatten(2, (2, num_heads, C // num_heads)).permute(2, 0, 3, 1, 4)
-        win_bias = _tile_bias(tile, bias, extra_kv.shape[1])
-        out_win = F.scaled_dot_product_attention(
-            q_win, k_win, v_win, attn_mask=None if win_bias is None else win_bias[None])
-        tile.queries(out, window_size, first_row).copy_(out_win.transpose(1, 2).reshape(b, n, m, qh, qw, C))
+        q_tile = tile.queries(q, window_size, num_heads, first_row)
+        k, v = _gather_keys(tile, kv, extra_kv, window_size, num_heads)
+        out_tile = F.scaled_dot_product_attention(
+            q_tile.flatten(4, 5).flatten(0, 2), k, v, attn_mask=tile_bias.of(tile))
+        tile.queries(out, window_size, num_heads, first_row).copy_(out_tile.reshape(q_tile.shape))
     return out
 
 
@@ -325,61 +365,62 @@ class _TiledAttention(torch.autograd.Function):
         B, H, W, C = q.shape
         E, d = extra_kv.shape[1], C // num_heads
         scale = d ** -0.5
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_kv = torch.zeros(B, H, W, 2 * C, dtype=kv.dtype, device=kv.device)
         # summed over all windows: in float32 also for half-precision inputs
-        grad_extra = torch.zeros(B, E, 2 * C, dtype=torch.promote_types(kv.dtype, torch.float32), device=kv.device)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=grad_extra.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+        grad_kv = torch.zeros_like(kv, memory_format=torch.contiguous_format)
+        grad_extra = torch.zeros_like(extra_kv, dtype=wide, memory_format=torch.contiguous_format)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
 
-        def heads_first(x, num_parts=1):  # [windows, L, parts * C] -> [parts, windows * heads, L, d]
-            x = x.unflatten(2, (num_parts, num_heads, d)).permute(2, 0, 3, 1, 4)
-            return x.reshape(num_parts, -1, x.shape[3], d)
-
+        tile_bias = _TileBias(bias, E)
         for tile in _tiles(H, q, window_size):
-            b, n, m, qh, qw, _ = tile.queries(q, window_size).shape
-            windows, L = b * n * m, qh * qw
-            q_win, g_win, o_win = (heads_first(tile.queries(x, window_size).reshape(windows, L, C))[0]
-                                   for x in (q, grad_out, out))
-            k_win, v_win = heads_first(_gather_keys(tile, kv, extra_kv, window_size), 2)
+            shape = tile.queries(q, window_size, num_heads).shape
+            L = shape[4] * shape[5]
+            # [windows * heads, L or E + K, d]
+            q_win, g_win, o_win = (
+                tile.queries(x, window_size, num_heads).reshape(-1, L, d) for x in (q, grad_out, out))
+            q_win = q_win * scale
+            k_win, v_win = (x.flatten(0, 1) for x in _gather_keys(tile, kv, extra_kv, window_size, num_heads))
 
-            logits = torch.bmm(q_win * scale, k_win.transpose(1, 2)).unflatten(0, (windows, num_heads))
+            logits = torch.bmm(q_win, k_win.transpose(1, 2)).unflatten(0, (-1, num_heads))
             if bias is not None:
-                logits = logits + _tile_bias(tile, bias, E)
-            weights = logits.softmax(dim=-1, dtype=grad_extra.dtype).flatten(0, 1)
+                logits += tile_bias.of(tile)
+            weights = logits.softmax(dim=-1, dtype=wide).flatten(0, 1)
             del logits
-            grad_weights = torch.bmm(g_win, v_win.transpose(1, 2)).to(weights.dtype)
-            row_sum = (g_win * o_win).sum(dim=-1, keepdim=True, dtype=weights.dtype)
-            grad_logits = grad_weights.sub_(row_sum).mul_(weights)
+            grad_logits = torch.bmm(g_win, v_win.transpose(1, 2)).to(wide)
+            grad_logits -= (g_win * o_win).sum(dim=-1, keepdim=True, dtype=wide)
+            grad_logits *= weights
             if grad_bias is not None:
-                tile_grad = grad_logits[..., E:].unflatten(0, (windows, num_heads)).sum(dim=0)
-                tile.bias(grad_bias).add_(tile_grad.reshape(tile.bias(grad_bias).shape))
+                part = tile.bias(grad_bias)
+                part += grad_logits.unflatten(0, (-1, num_heads)).sum(dim=0)[..., E:].reshape(part.shape)
             weights, grad_logits = weights.to(q.dtype), grad_logits.to(q.dtype)
 
-            grad_q_win = torch.bmm(grad_logits, k_win).mul_(scale).unflatten(0, (windows, num_heads))
-            tile.queries(grad_q, window_size).copy_(grad_q_win.transpose(1, 2).reshape(b, n, m, qh, qw, C))
-            grad_keys = torch.stack([
-                torch.bmm(grad_logits.transpose(1, 2), q_win).mul_(scale),
-                torch.bmm(weights.transpose(1, 2), g_win),
-            ]).unflatten(1, (windows, num_heads)).permute(1, 3, 0, 2, 4).reshape(b, n, m, -1, 2 * C)
-            grad_extra[tile.images] += grad_keys[..., :E, :].sum(dim=(1, 2), dtype=grad_extra.dtype)
-            _scatter_keys(tile, grad_kv, grad_keys[..., E:, :], window_size)
+            grad_q_win = torch.bmm(grad_logits, k_win).mul_(scale)
+            tile.queries(grad_q, window_size, num_heads).copy_(grad_q_win.reshape(shape))
+            grad_keys = torch.empty((2,) + k_win.shape, dtype=q.dtype, device=q.device)
+            torch.bmm(grad_logits.transpose(1, 2), q_win, out=grad_keys[0])
+            torch.bmm(weights.transpose(1, 2), g_win, out=grad_keys[1])
+            grad_keys = grad_keys.unflatten(1, shape[:4])  # [2, b, n, m, heads, E + K, d]
+            extra_sum = grad_keys[..., :E, :].sum(dim=(2, 3), dtype=wide)
+            grad_extra[tile.images] += extra_sum.permute(1, 3, 0, 2, 4).flatten(3)
+            _scatter_keys(tile, grad_kv, grad_keys[..., E:, :], window_size, num_heads)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_q, grad_kv.unflatten(3, (2, C)), grad_extra.to(kv.dtype).unflatten(2, (2, C)), grad_bias, None, None
+        return grad_q, grad_kv, grad_extra.to(kv.dtype), grad_bias, None, None
 
 
-def _scatter_keys(tile: _Tile, grad_kv: torch.Tensor, grad_keys: torch.Tensor, window_size: int) -> None:
-    """Add the gradients of overlapping halos, [b, n, m, K, 2 * C], to a map.
+def _scatter_keys(
+        tile: _Tile,
+        grad_kv: torch.Tensor,
+        grad_keys: torch.Tensor,
+        window_size: int,
+        num_heads: int,
+) -> None:
+    """Add the gradients of a tile's overlapping halos, [2, b, n, m, heads, K, d], to those of maps, [B, H, W, 2, C].
 
     A halo is at most two windows wide, so that every other one does not overlap: four additions, one per parity.
     """
-    row, col = tile.row, tile.col
-    for i in range(min(2, row.count)):
-        for j in range(min(2, col.count)):
-            part = window_view(
-                grad_kv[tile.images],
-                row.key_start + i * window_size, row.key_size, len(range(i, row.count, 2)),
-                col.key_start + j * window_size, col.key_size, len(range(j, col.count, 2)),
-                stride=2 * window_size,
-            )
-            part.add_(grad_keys[:, i::2, j::2].unflatten(3, (row.key_size, col.key_size)))
+    for i in range(min(2, tile.row.count)):
+        for j in range(min(2, tile.col.count)):
+            part = tile.every_other(i, j, window_size).keys(grad_kv, window_size, num_heads, step=2)
+            part += grad_keys[:, :, i::2, j::2].unflatten(5, part.shape[5:7])
