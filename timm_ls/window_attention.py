@@ -371,14 +371,17 @@ class _TiledAttention(torch.autograd.Function):
         grad_kv = torch.zeros_like(kv, memory_format=torch.contiguous_format)
         grad_extra = torch.zeros_like(extra_kv, dtype=wide, memory_format=torch.contiguous_format)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        # of weights times their gradients, per query and head, [B, H, W, heads]
+        row_sum = (grad_out * out).unflatten(3, (num_heads, d)).sum(dim=-1, dtype=wide)
 
         tile_bias = _TileBias(bias, E)
         for tile in _tiles(H, q, window_size):
             shape = tile.queries(q, window_size, num_heads).shape
             L = shape[4] * shape[5]
-            # [windows * heads, L or E + K, d]
-            q_win, g_win, o_win = (
-                tile.queries(x, window_size, num_heads).reshape(-1, L, d) for x in (q, grad_out, out))
+            # [windows * heads, L or E + K, d or 1]
+            q_win, g_win, s_win = (
+                tile.queries(x, window_size, num_heads).reshape(-1, L, x.shape[3] // num_heads)
+                for x in (q, grad_out, row_sum))
             q_win = q_win * scale
             k_win, v_win = (x.flatten(0, 1) for x in _gather_keys(tile, kv, extra_kv, window_size, num_heads))
 
@@ -388,7 +391,7 @@ class _TiledAttention(torch.autograd.Function):
             weights = logits.softmax(dim=-1, dtype=wide).flatten(0, 1)
             del logits
             grad_logits = torch.bmm(g_win, v_win.transpose(1, 2)).to(wide)
-            grad_logits -= (g_win * o_win).sum(dim=-1, keepdim=True, dtype=wide)
+            grad_logits -= s_win
             grad_logits *= weights
             if grad_bias is not None:
                 part = tile.bias(grad_bias)
