@@ -48,6 +48,9 @@ def seeded():
 
 
 SEGMENTERS = [(decoder, NAME) for decoder in ('Unet', 'FPN', 'UPerNet', 'Segformer')] + [('Unet', 'cvt_ls_13')]
+# what one decoder shows of graphs, the others show as well
+GRAPHED = [pytest.param(*segmenter, marks=[] if segmenter[0] == 'Unet' else pytest.mark.slow)
+           for segmenter in SEGMENTERS]
 
 
 def segmenter(decoder, name):
@@ -62,14 +65,17 @@ def segmenter(decoder, name):
 
 @pytest.mark.parametrize('decoder, name', SEGMENTERS)
 def test_segmentation_models_pytorch(decoder, name):
-    """A segmenter by name, eager, scripted, and compiled as one graph for all sizes."""
+    """A segmenter by name: masks of the image's size, gradients for all of the backbone."""
     model = segmenter(decoder, name)
-    x = image()
-    masks = model(x)
+    masks = model(image())
     assert masks.shape == (2, 3, 64, 96)
     assert_trains(model, masks.square().mean())
 
-    model.eval()
+
+@pytest.mark.parametrize('decoder, name', GRAPHED)
+def test_segmentation_models_pytorch_as_graph(decoder, name):
+    """A segmenter scripted, and compiled as one graph for all sizes."""
+    model = segmenter(decoder, name).eval()
     with torch.no_grad():
         scripted = torch.jit.script(model)
         graphs = []
