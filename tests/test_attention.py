@@ -295,7 +295,7 @@ def test_tile_size_changes_nothing(monkeypatch, tile_bytes):
     """Cutting the work differently gives the same values and gradients."""
     layer, x, tokens = build(3, size=(13, 22), dim=12, num_heads=3, window_size=3, rank=4, num_global_tokens=1)
     expected, expected_grads = run(layer, x, tokens, 'tiled')
-    monkeypatch.setattr(timm_ls.window_attention, 'TILE_BYTES', tile_bytes)
+    monkeypatch.setattr(timm_ls.streaming, 'CPU_PIECE_BYTES', tile_bytes)
     outputs, grads = run(layer, x, tokens, 'tiled')
     assert worst(outputs, expected) <= 1e-12
     assert worst(grads, expected_grads) <= 1e-12

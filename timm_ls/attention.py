@@ -227,7 +227,7 @@ class LongShortAttention2d(nn.Module):
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """`after(x, forward(before(x), global_tokens))` without a gradient, by pieces of the map.
 
-        Besides its result, only queries, keys, values and logits of the dynamic projection are held for a whole map.
+        Besides its result, only keys, values and logits of the dynamic projection are held for a whole map.
 
         Args:
             x: Map, [B, H, W, C].
@@ -244,29 +244,30 @@ class LongShortAttention2d(nn.Module):
             maps = x[images]
             pieces = row_pieces(maps, self.window_size)
             global_qkv = None if global_tokens is None else self.project_global(global_tokens[images])
-            q = kv = weights = maps.new_empty(0)
+            kv = weights = maps.new_empty(0)
             for rows in pieces:
                 start = max(0, rows.start - self.margin)
                 tokens = before(maps[:, start:rows.stop + self.margin])
                 inner = slice(rows.start - start, rows.stop - start)
                 q_rows, kv_rows = self.split(self.project(tokens)[:, inner])
                 if rows.start == 0:
-                    q = q_rows.new_empty(maps.shape)
                     kv = q_rows.new_empty(maps.shape[:3] + (2, self.dim))
-                q[:, rows], kv[:, rows] = q_rows, kv_rows
+                    if images.start == 0:
+                        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q_rows.dtype))
+                out[images, rows], kv[:, rows] = q_rows, kv_rows  # queries wait where the output is to go
                 if self.rank > 0:
                     logits = self.dynamic_projection(tokens[:, inner])
                     if rows.start == 0:
                         weights = logits.new_empty(maps.shape[:3] + logits.shape[3:])
                     weights[:, rows] = logits
+            del tokens, q_rows, kv_rows  # of the last piece
             extra_kv, parts = self.extra_keys(weights if self.rank > 0 else None, kv, global_qkv)
-            extra_kv, bias = extra_kv.to(q.dtype), self.window_bias()
-            bias = None if bias is None else bias.to(q.dtype)
-            if images.start == 0:
-                out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q.dtype))
+            del weights
+            extra_kv, bias = extra_kv.to(kv.dtype), self.window_bias()
+            bias = None if bias is None else bias.to(kv.dtype)
             for rows in pieces:
-                attended = attend_rows(
-                    q[:, rows], kv, extra_kv, bias, self.window_size, self.num_heads, rows.start)
+                q_rows = out[images, rows].to(kv.dtype)
+                attended = attend_rows(q_rows, kv, extra_kv, bias, self.window_size, self.num_heads, rows.start)
                 if global_qkv is not None:
                     parts.append(self.attend_global(global_qkv, attended, kv[:, rows]))
                 out[images, rows] = after(maps[:, rows], self.proj_drop(self.proj(attended)))

@@ -1,4 +1,4 @@
-"""Inference by pieces of a map: what is allocated on the way is as large as a piece, and stays in cache.
+"""Work by pieces: what is allocated on the way is as large as a piece, and stays in cache.
 
 A block in inference keeps queries, keys and values of the whole map, and everything else (norms, projections,
 attention, the MLP and its hidden layer) for one piece at a time. `Block` decides whether it goes that way.
@@ -11,18 +11,19 @@ import torch.nn as nn
 
 from .window import ceil_div, is_tracing_shapes
 
-__all__ = ['Finish', 'Tokenwise', 'image_groups', 'row_pieces', 'takes_pieces']
+__all__ = ['Finish', 'Tokenwise', 'image_groups', 'piece_bytes', 'row_pieces', 'takes_pieces']
 
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]  # treats tokens one by one
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # likewise, from two maps
 
-# Bytes of a map to take at a time. On a CPU a few MB stay in cache; elsewhere a piece has to keep a large device busy.
+# Bytes of a map, or of gathered keys, to take at a time. On a CPU a few MB stay in cache and below the size from which
+# its allocator maps memory anew for every tensor; elsewhere a piece has to keep a large device busy.
 CPU_PIECE_BYTES = 4 * 2 ** 20
 PIECE_BYTES = 64 * 2 ** 20
 
 
 def piece_bytes(x: torch.Tensor) -> int:
-    """Bytes of a map on the device of `x` to take at a time."""
+    """Bytes of a map, or of gathered keys, on the device of `x` to take at a time."""
     return CPU_PIECE_BYTES if x.device.type == 'cpu' else PIECE_BYTES
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .streaming import piece_bytes
 from .window import (
     AxisSpan,
     axis_spans,
@@ -33,9 +34,6 @@ __all__ = ['attend', 'attend_rows', 'attention_implementation', 'is_automatic', 
 
 IMPLEMENTATIONS = ('auto', 'tiled', 'masked', 'triton')
 _implementation: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
-
-# Bytes of keys and values gathered at a time: a few MB stay in cache, and keep peak memory flat at any image size
-TILE_BYTES = 4 * 2 ** 20
 
 
 @contextmanager
@@ -250,7 +248,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -> Iterator[_Tile]:
-    """Cut the windows of queries [B, rows, W, C] into tiles of about `TILE_BYTES` of gathered keys.
+    """Cut the windows of queries [B, rows, W, C] into tiles of about `piece_bytes` of gathered keys.
 
     Args:
         height: Rows of the maps.
@@ -264,8 +262,8 @@ def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -
         stop = min(row.count, ceil_div(first_row + rows - row.query_start, window_size))
         for col in axis_spans(W, window_size):
             row_bytes = col.count * row.key_size * col.key_size * 2 * C * q.element_size()  # a row of windows
-            images = max(1, min(B, TILE_BYTES // (row_bytes * row.count)))
-            count = row.count if images > 1 else max(1, TILE_BYTES // row_bytes)
+            images = max(1, min(B, piece_bytes(q) // (row_bytes * row.count)))
+            count = row.count if images > 1 else max(1, piece_bytes(q) // row_bytes)
             for first in range(skipped, stop, count):
                 part = row._replace(
                     count=min(count, stop - first),
