@@ -260,7 +260,7 @@ class LongShortAttention2d(nn.Module):
                     if rows.start == 0:
                         weights = logits.new_empty(maps.shape[:3] + logits.shape[3:])
                     weights[:, rows] = logits
-            del tokens, q_rows, kv_rows  # of the last piece
+                del tokens, q_rows, kv_rows  # before the next piece has its own
             extra_kv, parts = self.extra_keys(weights if self.rank > 0 else None, kv, global_qkv)
             del weights
             extra_kv, bias = extra_kv.to(kv.dtype), self.window_bias()
