@@ -319,7 +319,9 @@ def test_spawned_process():
     finally:
         process.join(30)
     assert process.exitcode == 0
-    assert torch.equal(answer, Both(*model)(x))
+    with torch.inference_mode():  # as there: torch has other kernels where a gradient is wanted
+        expected = Both(*model)(x)
+    assert torch.equal(answer, expected)
 
 
 class Both(torch.nn.Module):

@@ -551,7 +551,10 @@ def attend_heads(
     v = v.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     if bias is not None:
         bias = bias.to(q.dtype).unsqueeze(0)  # with fewer than four dimensions torch's fused kernels do not take it
-    return attend(q, k, v, bias, dropout_p, fused).transpose(1, 2).flatten(2)
+    out = attend(q, k, v, bias, dropout_p, fused).transpose(1, 2)
+    if is_tracing_shapes():
+        out = out.clone(memory_format=torch.contiguous_format)  # in graphs, its layout may change later
+    return out.flatten(2)
 
 
 def attend_grid_rows(
