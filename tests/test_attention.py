@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from golden_fill import fill
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_ls.window_attention
 from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
@@ -340,6 +341,33 @@ def test_table_is_replaced_only_for_another_size():
     bias.set_table_size((9, 7))
     assert bias.table.shape == (2, 9, 7) and not bias.table.requires_grad
     assert torch.equal(bias.table, resize_bias_table(table, (9, 7)))
+
+
+class Kernels(TorchDispatchMode):
+    """Within, the names of the operators that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('make', [LongShortAttention2d, GlobalAttention2d])
+def test_kernels(make):
+    """Inference takes torch's fused kernel, particular about its bias; nothing takes torch's own plain form."""
+    layer = make(8, 2, num_global_tokens=1)
+    x, tokens = torch.randn(2, 15, 9, 8), torch.randn(2, 1, 8)
+    fused, plain = '_scaled_dot_product_flash_attention_for_cpu', {'_safe_softmax', 'isneginf', 'eq', 'where'}
+    with torch.no_grad(), Kernels() as kernels:
+        layer(x, tokens)
+    assert fused in kernels.names and not kernels.names & plain, kernels.names
+    assert ('_softmax' in kernels.names) == (make is LongShortAttention2d)  # of landmarks
+    with Kernels() as kernels:
+        layer(x, tokens)
+    assert '_softmax' in kernels.names and not kernels.names & plain, kernels.names
 
 
 @pytest.mark.parametrize('make', [LongShortAttention2d, GlobalAttention2d])

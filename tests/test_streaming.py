@@ -128,6 +128,7 @@ def test_cuts(monkeypatch):
         assert all(cut.start % step == 0 for cut in rows)
         for cut in groups:
             assert cut.stop - cut.start == 1 or x[cut].numel() * 4 <= size
+        assert groups[0].stop == -(-B // len(groups))  # not full ones and a small rest
         for cut in rows:
             assert cut.stop - cut.start <= step or (cut.stop - cut.start) * W * C * 4 <= size
 
@@ -137,6 +138,13 @@ def test_cuts(monkeypatch):
 def test_autocast(monkeypatch, variant, dtype):
     """Types come out as from the whole map, and values as near to float32."""
     model, x = build(variant, torch.float32), torch.randn(2, 3, 90, 60)
+    attend_rows, types = timm_ls.attention.attend_rows, set()
+
+    def recorded(q, kv, *args):
+        types.add((q.dtype, kv.dtype))
+        return attend_rows(q, kv, *args)
+
+    monkeypatch.setattr(timm_ls.attention, 'attend_rows', recorded)
     with torch.no_grad():
         exact = model(x)
         with torch.autocast('cpu', dtype):
@@ -144,7 +152,9 @@ def test_autocast(monkeypatch, variant, dtype):
                 whole = model(x)
             pieces_of(monkeypatch, 4000)
             pieces = model(x)
-    assert pieces.dtype == whole.dtype
+            block = model.stages[0].blocks[0]
+            block(torch.randn(1, 20, 20, len(block.norm1.weight)))  # a map of float32, as norms give on other devices
+    assert pieces.dtype == whole.dtype and types == {(dtype, dtype)}
     error = (whole.float() - exact).norm()
     assert 0 < (pieces.float() - exact).norm() < 2 * error
 

@@ -1,7 +1,8 @@
 """Work by pieces: what is allocated on the way is as large as a piece, and stays in cache.
 
-A block in inference keeps queries, keys and values of the whole map, and everything else (norms, projections,
-attention, the MLP and its hidden layer) for one piece at a time. `Block` decides whether it goes that way.
+A block in inference keeps keys and values of the whole map, queries in the memory of its result, and everything else
+(norms, projections, attention, the MLP and its hidden layer) for one piece at a time. `Block` decides whether it goes
+that way. Tiles of window attention are pieces as well.
 """
 from typing import Callable, List, Optional
 
