@@ -1,4 +1,5 @@
 """The attention layers against the oracle, the released vectors, and what may never change a result."""
+import itertools
 import json
 import random
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_ls.window_attention
 from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
-from timm_ls.rel_pos import RelPosBias2d, expand_aliased_table, resize_bias_table
+from timm_ls.rel_pos import RelPosBias2d, expand_aliased_table, grid_bias, resize_bias_table
 from timm_ls.vil_ls import RELEASED_ATTENTION_NAMES
 from timm_ls.window import axis_spans
 
@@ -230,6 +231,27 @@ def test_resized_table(old, new):
     torch.testing.assert_close(resize_bias_table(table, new), expected, rtol=0, atol=1e-12)
     if old == new:
         assert torch.equal(resize_bias_table(table, new), table)
+
+
+@pytest.mark.parametrize('with_grad', [False, True])
+def test_bias_of_rows(with_grad):
+    """Every query of some rows finds the bias of its offset to every key, on maps of any size, keys at any stride."""
+    rng = random.Random(0)
+    for _ in range(20):
+        height, width, key_stride, g = rng.randint(1, 7), rng.randint(1, 7), rng.randint(1, 3), rng.randint(0, 2)
+        num_rows = rng.randint(1, height)
+        table = torch.randn(2, num_rows + height - 1, 2 * width - 1)
+        global_bias = torch.randn(2, g) if g > 0 else None
+        with torch.set_grad_enabled(with_grad):
+            bias = grid_bias(table, global_bias, num_rows, (height, width), key_stride)
+        keys = list(itertools.product(range(0, height, key_stride), range(0, width, key_stride)))
+        expected = torch.empty(2, num_rows * width, g + len(keys))
+        for y, x in itertools.product(range(num_rows), range(width)):
+            for i, (key_y, key_x) in enumerate(keys):
+                expected[:, y * width + x, g + i] = table[:, y - key_y + height - 1, x - key_x + width - 1]
+        if global_bias is not None:
+            expected[..., :g] = global_bias[:, None]
+        assert torch.equal(bias, expected)
 
 
 @pytest.mark.parametrize('poison', [float('nan'), 1e4])

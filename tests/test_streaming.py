@@ -165,14 +165,14 @@ def test_full_attention_by_rows(monkeypatch, variant):
     kwargs = dict(rel_pos_bias=True) if variant.startswith('cvt') else {}
     model = build(variant, **kwargs)
     x = torch.randn(2, 3, 150, 220, dtype=torch.float64)
-    original, queries = timm_ls.attention.position_bias, []
+    original, queries = timm_ls.rel_pos.position_bias, []
 
     def recorded(table, query_size, key_size):
         if query_size != (3, 3):  # not of windows
             queries.append((query_size[0], key_size[0]))
         return original(table, query_size, key_size)
 
-    monkeypatch.setattr(timm_ls.attention, 'position_bias', recorded)
+    monkeypatch.setattr(timm_ls.rel_pos, 'position_bias', recorded)
 
     def run():
         model.zero_grad()

@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.layers import use_fused_attn
 from timm.models import checkpoint
 
-from .rel_pos import RelPosBias2d, position_bias
+from .rel_pos import RelPosBias2d, grid_bias
 from .streaming import Finish, Tokenwise, image_groups, row_pieces
 from .window import halo_width, is_tracing_shapes
 from .window_attention import attend, attend_rows, softmax, window_attention
@@ -592,14 +592,8 @@ def attend_grid_rows(
     """
     bias: Optional[torch.Tensor] = None
     if table is not None:
-        height, width = grid_size
-        table = table.narrow(1, first_row, num_rows + height - 1)  # the offset to the last key comes first
-        bias = position_bias(table, (num_rows, width), grid_size)
-        if kv_stride > 1:
-            bias = bias[..., ::kv_stride, ::kv_stride]
-        bias = bias.flatten(3).flatten(1, 2)
-        if global_bias is not None:
-            bias = torch.cat([global_bias.unsqueeze(1).expand(-1, bias.shape[1], -1), bias], dim=-1)
+        table = table.narrow(1, first_row, num_rows + grid_size[0] - 1)  # the offset to the last key comes first
+        bias = grid_bias(table, global_bias, num_rows, grid_size, kv_stride)
     return attend_heads(q, k, v, bias, num_heads, dropout_p, fused)
 
 
