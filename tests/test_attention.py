@@ -1,4 +1,5 @@
 """The attention layers against the oracle, the released vectors, and what may never change a result."""
+import gc
 import itertools
 import json
 import random
@@ -11,6 +12,7 @@ import torch
 from golden_fill import fill
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import timm_ls.rel_pos
 import timm_ls.window_attention
 from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
 from timm_ls.rel_pos import RelPosBias2d, expand_aliased_table, grid_bias, resize_bias_table
@@ -363,6 +365,45 @@ def test_table_is_replaced_only_for_another_size():
     bias.set_table_size((9, 7))
     assert bias.table.shape == (2, 9, 7) and not bias.table.requires_grad
     assert torch.equal(bias.table, resize_bias_table(table, (9, 7)))
+
+
+def test_remembered_table():
+    """Inference resizes a table once, and anew for other weights, by whatever way they came, sizes and types."""
+    bias = RelPosBias2d(2, (5, 7))
+    resize, resized = timm_ls.rel_pos.resize_bias_table, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm_ls.rel_pos, 'resize_bias_table', lambda *args: resized.append(args) or resize(*args))
+
+        def table(*size, num_resized):
+            resized.clear()
+            actual = bias.resized_table(size, size)
+            assert torch.equal(actual, resize(bias.table, (2 * size[0] - 1, 2 * size[1] - 1)))
+            assert len(resized) == num_resized
+            return actual
+
+        with torch.inference_mode():
+            table(5, 3, num_resized=1)
+        with torch.no_grad():
+            first = table(5, 3, num_resized=0)
+            assert table(3, 4, num_resized=0) is bias.table
+            bias.table.data.mul_(2.)
+            assert torch.equal(table(5, 3, num_resized=1), 2. * first)
+            bias.table[0, 0, 0] += 1.
+            table(5, 3, num_resized=1)
+            table(5, 4, num_resized=1)
+            bias.double()
+            assert table(5, 4, num_resized=1).dtype == torch.float64
+            table(5, 4, num_resized=0)
+        table(5, 4, num_resized=1).sum().backward()  # a gradient needs its own
+        assert bias.table.grad.abs().sum() > 0
+    other = RelPosBias2d(2, (5, 7))
+    with torch.no_grad():
+        other.resized_table((4, 4), (4, 4))
+    assert other in timm_ls.rel_pos._last_resized
+    kept = len(timm_ls.rel_pos._last_resized)
+    del other
+    gc.collect()
+    assert len(timm_ls.rel_pos._last_resized) < kept
 
 
 class Kernels(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """Relative position bias on 2-D grids: one dense table of offsets, its expansion, resizing and conversion."""
 from typing import Optional, Tuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx
@@ -193,7 +194,25 @@ class RelPosBias2d(nn.Module):
 
     def resized_table(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
         """The table for the offsets between two grids, [num_heads, query + key rows - 1, query + key cols - 1]."""
-        return fit_bias_table(self.table, query_size, key_size)
+        if torch.jit.is_scripting():
+            return fit_bias_table(self.table, query_size, key_size)
+        else:
+            return self.remembered_table(query_size, key_size)
+
+    @torch.jit.unused
+    def remembered_table(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
+        """`resized_table`, taken from the last call in inference on a CPU if neither weights nor sizes have changed."""
+        table = self.table
+        if torch.is_grad_enabled() or is_tracing_shapes() or type(table) is not nn.Parameter or not table.is_cpu:
+            return fit_bias_table(table, query_size, key_size)
+        size = (table.shape[0], query_size[0] + key_size[0] - 1, query_size[1] + key_size[1] - 1)
+        if size == table.shape:
+            return table
+        source, resized = _last_resized.get(self, (None, None))
+        if resized is None or source.dtype != table.dtype or resized.shape != size or not torch.equal(source, table):
+            source, resized = table.clone(), fit_bias_table(table, query_size, key_size)
+            _last_resized[self] = source, resized
+        return resized
 
     def from_global(self, num_patches: int) -> torch.Tensor:
         """Bias of global queries for global tokens and patches, [num_heads, g, g + num_patches]."""
@@ -206,3 +225,8 @@ class RelPosBias2d(nn.Module):
         global_patch = self.global_patch
         assert global_patch is not None
         return global_patch[1]
+
+
+# What inference resized last, one table per layer, and what from: values tell that weights have changed, however that
+# was done. A resize takes some tenths of a millisecond, a comparison some hundredths.
+_last_resized: 'WeakKeyDictionary[RelPosBias2d, Tuple[torch.Tensor, torch.Tensor]]' = WeakKeyDictionary()
