@@ -19,6 +19,7 @@ import torchvision
 from PIL import Image
 from small_models import create, small_args
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -239,7 +240,7 @@ def test_torchvision_detection(kind, name):
 
 @both_families
 def test_lightning(name):
-    """A few steps of `Trainer.fit` in bfloat16 with checkpointing: the loss goes down."""
+    """A few steps of `Trainer.fit` in bfloat16 with checkpointing and layer decay: the loss goes down."""
     lightning = pytest.importorskip('lightning')
 
     class Classifier(lightning.LightningModule):
@@ -255,7 +256,12 @@ def test_lightning(name):
             return loss
 
         def configure_optimizers(self):
-            return create_optimizer_v2(self.model, 'adamw', lr=1e-3, weight_decay=.05, layer_decay=.8)
+            optimizer = create_optimizer_v2(self.model, 'adamw', lr=1e-3, weight_decay=.05, layer_decay=.8)
+            scheduler, _ = create_scheduler_v2(optimizer, 'cosine', num_epochs=20)  # applies what layer decay noted
+            return [optimizer], [scheduler]
+
+        def lr_scheduler_step(self, scheduler, metric):
+            scheduler.step(self.current_epoch)
 
     x = image(4)
     x[2:] += 1.
@@ -265,6 +271,9 @@ def test_lightning(name):
         enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(module, DataLoader(TensorDataset(x, torch.tensor([0, 0, 1, 1])), batch_size=4))
     assert len(module.losses) == 6 and module.losses[-1] < .7 * module.losses[0]
+    rates = {id(p): group['lr'] for group in trainer.optimizers[0].param_groups for p in group['params']}
+    first, *_, last = (rates[id(p)] for p in module.model.parameters())
+    assert 0 < first < .5 * last
 
 
 @pytest.mark.parametrize('name, attention', [(NAME, ['qkv']), ('cvt_ls_13', ['q', 'k', 'v'])])

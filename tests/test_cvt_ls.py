@@ -327,14 +327,17 @@ def test_batch_norm_sees_the_exact_map():
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm])
 @pytest.mark.parametrize('kwargs', [{}, dict(PLAIN_CVT)], ids=['long-short', 'plain'])
-def test_fused_equals_unfused(kwargs):
+def test_fused_equals_unfused(kwargs, norm):
     model = small_model(**kwargs)
+    if norm is nn.SyncBatchNorm:
+        model = norm.convert_sync_batchnorm(model)
     x = images(45, 62)
     fused = fuse_conv_bn(model)
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert any(isinstance(module, norm) for module in model.modules())
     for one in (fused, reparameterize_model(model)):
-        assert not any(isinstance(module, nn.BatchNorm2d) for module in one.modules())
+        assert not any(isinstance(module, norm) for module in one.modules())
         with torch.no_grad():
             assert 0 < relative(one(x), model(x)) < 1e-5
     assert fuse_conv_bn(fused)(x).shape == (2, 5)  # nothing left to fold

@@ -126,7 +126,7 @@ class DepthwiseConvNorm(nn.Module):
         """
         if self.training:
             raise ValueError('BatchNorm can only be folded for inference: call eval() on the model first.')
-        if isinstance(self.norm, nn.BatchNorm2d):
+        if isinstance(self.norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
             self.conv, self.norm = fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
         return self
 
