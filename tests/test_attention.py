@@ -326,6 +326,27 @@ def test_tile_size_changes_nothing(monkeypatch, tile_bytes):
     assert worst(grads, expected_grads) <= 1e-12
 
 
+@pytest.mark.parametrize('with_bias', [False, True])
+@pytest.mark.parametrize('dtype, num_extra', [(torch.float32, 3), (torch.bfloat16, 0)])
+def test_operator(with_bias, dtype, num_extra):
+    """The operator of compiled graphs: what torch asks of one (aliases, types, layouts, varying sizes) and values."""
+    q, kv, extra = (torch.randn(2, *size, 8, dtype=dtype) for size in ((5, 9), (5, 9, 2), (num_extra, 2)))
+    inputs = [q.transpose(1, 2).contiguous().transpose(1, 2), kv, extra]
+    inputs += [torch.randn(2, 3, 3, 5, 5, dtype=dtype)] if with_bias else []
+    inputs = [t.requires_grad_() for t in inputs]
+    args = (*inputs, *[None] * (not with_bias), 3, 2)
+    torch.library.opcheck(timm_ls.window_attention.tiled_attention, args)
+    plain = [None if t is None else t.detach() for t in args[:4]]
+    torch.library.opcheck(
+        timm_ls.window_attention.tiled_attention_backward, (plain[0].cos(), *plain, plain[0].sin(), 3, 2))
+    with attention_implementation('tiled'):
+        expected = timm_ls.window_attention.window_attention(*args)
+    out = timm_ls.window_attention.tiled_attention(*args)
+    assert torch.equal(out, expected)
+    for grad, wanted in zip(*(torch.autograd.grad(y.sin().sum(), inputs) for y in (out, expected)), strict=True):
+        assert torch.equal(grad, wanted)
+
+
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_mixed_types(implementation):
     """Keys that autocast left in float32 beside queries in bfloat16: as if cast first, forward and backward."""

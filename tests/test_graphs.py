@@ -98,8 +98,13 @@ def test_timm_feature_extractor(name, kwargs):
 
 @every_short_model
 @pytest.mark.parametrize('train', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compile_dynamic(name, kwargs, train):
-    check_compiled(create(name, **kwargs).train(train), 'aot_eager')
+@pytest.mark.parametrize('implementation', ['auto', pytest.param('masked', marks=pytest.mark.slow)])
+def test_compile_dynamic(name, kwargs, train, implementation):
+    """On a CPU the graph holds the tiled attention as an operator, unless the masked one, that of GPUs, is forced."""
+    with timm_ls.attention_implementation(implementation):
+        graphs = check_compiled(create(name, **kwargs).train(train), 'aot_eager')
+    operators = [node.target for graph in graphs for node in graph.graph.nodes]
+    assert (torch.ops.timm_ls.tiled_attention.default in operators) == (implementation == 'auto')
 
 
 @pytest.mark.slow
@@ -113,7 +118,10 @@ def test_compile_inductor(name, kwargs, train):
 
 
 def check_compiled(model, backend):
-    """One graph, at most two compilations for five sizes, values of eager mode; in training mode the gradients too."""
+    """One graph, at most two compilations for five sizes, values of eager mode; in training mode the gradients too.
+
+    Returns the graphs.
+    """
     counter = CompileCounterWithBackend(backend)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
@@ -129,6 +137,7 @@ def check_compiled(model, backend):
         for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
             torch.testing.assert_close(grad, wanted, atol=1e-4 * (1 + wanted.abs().max().item()), rtol=1e-3)
     assert 1 <= counter.frame_count <= 2
+    return counter.graphs
 
 
 def dims(min_size):

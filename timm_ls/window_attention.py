@@ -8,6 +8,8 @@
 - 'masked': one gather and one attention call over all windows, with a mask. No Python decision depends on a size, so
   that it can be scripted, traced, compiled and exported with dynamic sizes; plain autograd.
 
+Graphs hold the masked one. But what `torch.compile` makes for a CPU holds the tiled one, as an operator of its own.
+
 A third, 'triton', is a kernel for CUDA devices (`triton_attention`), which only those who ask for it get.
 """
 from contextlib import contextmanager
@@ -40,13 +42,13 @@ _implementation: ContextVar[str] = ContextVar('timm_ls_attention_implementation'
 def attention_implementation(name: str) -> Iterator[None]:
     """Force how window attention is computed, for debugging and comparison.
 
-    All ways give the same values and gradients up to rounding. Scripted, compiled and exported models always hold the
-    masked one.
+    All ways give the same values and gradients up to rounding. Scripted and exported models always hold the masked
+    one, and so do compiled ones on other devices than a CPU; on a CPU, what is in force when they are compiled.
 
     Args:
         name: 'tiled' or 'masked', for a map as a whole, or 'auto' (the default: tiled in eager mode, by pieces of the
-            map in inference; masked where a graph is captured and where attention dropout is active). 'triton' is a
-            kernel for CUDA devices; see `triton_attention` for what is known of it.
+            map in inference, and compiled for a CPU; masked where other graphs are captured and where attention
+            dropout is active). 'triton' is a kernel for CUDA devices; see `triton_attention` for what is known of it.
 
     Raises:
         ValueError: The name is unknown.
@@ -128,11 +130,14 @@ def window_attention(
     if torch.jit.is_scripting():
         return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
     else:
-        name = 'masked' if is_tracing_shapes() or dropout_p > 0 else _implementation.get()
+        in_graph = is_tracing_shapes()
+        name = 'masked' if dropout_p > 0 or in_graph and not _takes_operator(q) else _implementation.get()
         if name == 'masked' or not fused and name == 'auto':
             return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
         if bias is not None:
             bias = bias.to(q.dtype)
+        if in_graph:
+            return tiled_attention(q, kv, extra_kv, bias, window_size, num_heads)
         if name == 'triton':
             return _import_triton()(q, kv, extra_kv, bias, window_size, num_heads)
         return _TiledAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)
@@ -352,62 +357,74 @@ class _TiledAttention(torch.autograd.Function):
     def forward(ctx, q, kv, extra_kv, bias, window_size: int, num_heads: int):
         out = attend_rows(q, kv, extra_kv, bias, window_size, num_heads)
         ctx.save_for_backward(q, kv, extra_kv, bias, out)
-        ctx.window_size, ctx.num_heads = window_size, num_heads
+        ctx.sizes = window_size, num_heads
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        q, kv, extra_kv, bias, out = ctx.saved_tensors
-        window_size, num_heads = ctx.window_size, ctx.num_heads
-        B, H, W, C = q.shape
-        E, d = extra_kv.shape[1], C // num_heads
-        scale = d ** -0.5
-        # summed over all windows: in float32 also for half-precision inputs
-        wide = torch.promote_types(q.dtype, torch.float32)
-        grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-        grad_kv = torch.zeros_like(kv, memory_format=torch.contiguous_format)
-        grad_extra = torch.zeros_like(extra_kv, dtype=wide, memory_format=torch.contiguous_format)
-        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        # of weights times their gradients, per query and head, [B, H, W, heads]
-        row_sum = (grad_out * out).unflatten(3, (num_heads, d)).sum(dim=-1, dtype=wide)
+        return _tiled_backward(grad_out, *ctx.saved_tensors, *ctx.sizes) + (None, None)
 
-        tile_bias = _TileBias(bias, E)
-        for tile in _tiles(H, q, window_size):
-            shape = tile.queries(q, window_size, num_heads).shape
-            L = shape[4] * shape[5]
-            # [windows * heads, L or E + K, d or 1]
-            q_win, g_win, s_win = (
-                tile.queries(x, window_size, num_heads).reshape(-1, L, x.shape[3] // num_heads)
-                for x in (q, grad_out, row_sum))
-            q_win = q_win * scale
-            k_win, v_win = (x.flatten(0, 1) for x in _gather_keys(tile, kv, extra_kv, window_size, num_heads))
 
-            logits = torch.bmm(q_win, k_win.transpose(1, 2)).unflatten(0, (-1, num_heads))
-            if bias is not None:
-                logits += tile_bias.of(tile)
-            weights = logits.softmax(dim=-1, dtype=wide).flatten(0, 1)
-            del logits
-            grad_logits = torch.bmm(g_win, v_win.transpose(1, 2)).to(wide)
-            grad_logits -= s_win
-            grad_logits *= weights
-            if grad_bias is not None:
-                part = tile.bias(grad_bias)
-                part += grad_logits.unflatten(0, (-1, num_heads)).sum(dim=0)[..., E:].reshape(part.shape)
-            weights, grad_logits = weights.to(q.dtype), grad_logits.to(q.dtype)
+def _tiled_backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        out: torch.Tensor,
+        window_size: int,
+        num_heads: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """Gradients of `q`, `kv`, `extra_kv` and `bias`, all but the first of which are summed over tiles."""
+    B, H, W, C = q.shape
+    E, d = extra_kv.shape[1], C // num_heads
+    scale = d ** -0.5
+    # summed over all windows: in float32 also for half-precision inputs
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_kv = torch.zeros_like(kv, memory_format=torch.contiguous_format)
+    grad_extra = torch.zeros_like(extra_kv, dtype=wide, memory_format=torch.contiguous_format)
+    grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+    # of weights times their gradients, per query and head, [B, H, W, heads]
+    row_sum = (grad_out * out).unflatten(3, (num_heads, d)).sum(dim=-1, dtype=wide)
 
-            grad_q_win = torch.bmm(grad_logits, k_win).mul_(scale)
-            tile.queries(grad_q, window_size, num_heads).copy_(grad_q_win.reshape(shape))
-            grad_keys = torch.empty((2,) + k_win.shape, dtype=q.dtype, device=q.device)
-            torch.bmm(grad_logits.transpose(1, 2), q_win, out=grad_keys[0])
-            torch.bmm(weights.transpose(1, 2), g_win, out=grad_keys[1])
-            grad_keys = grad_keys.unflatten(1, shape[:4])  # [2, b, n, m, heads, E + K, d]
-            extra_sum = grad_keys[..., :E, :].sum(dim=(2, 3), dtype=wide)
-            grad_extra[tile.images] += extra_sum.permute(1, 3, 0, 2, 4).flatten(3)
-            _scatter_keys(tile, grad_kv, grad_keys[..., E:, :], window_size, num_heads)
+    tile_bias = _TileBias(bias, E)
+    for tile in _tiles(H, q, window_size):
+        shape = tile.queries(q, window_size, num_heads).shape
+        L = shape[4] * shape[5]
+        # [windows * heads, L or E + K, d or 1]
+        q_win, g_win, s_win = (
+            tile.queries(x, window_size, num_heads).reshape(-1, L, x.shape[3] // num_heads)
+            for x in (q, grad_out, row_sum))
+        q_win = q_win * scale
+        k_win, v_win = (x.flatten(0, 1) for x in _gather_keys(tile, kv, extra_kv, window_size, num_heads))
+
+        logits = torch.bmm(q_win, k_win.transpose(1, 2)).unflatten(0, (-1, num_heads))
+        if bias is not None:
+            logits += tile_bias.of(tile)
+        weights = logits.softmax(dim=-1, dtype=wide).flatten(0, 1)
+        del logits
+        grad_logits = torch.bmm(g_win, v_win.transpose(1, 2)).to(wide)
+        grad_logits -= s_win
+        grad_logits *= weights
         if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
-        return grad_q, grad_kv, grad_extra.to(kv.dtype), grad_bias, None, None
+            part = tile.bias(grad_bias)
+            part += grad_logits.unflatten(0, (-1, num_heads)).sum(dim=0)[..., E:].reshape(part.shape)
+        weights, grad_logits = weights.to(q.dtype), grad_logits.to(q.dtype)
+
+        grad_q_win = torch.bmm(grad_logits, k_win).mul_(scale)
+        tile.queries(grad_q, window_size, num_heads).copy_(grad_q_win.reshape(shape))
+        grad_keys = torch.empty((2,) + k_win.shape, dtype=q.dtype, device=q.device)
+        torch.bmm(grad_logits.transpose(1, 2), q_win, out=grad_keys[0])
+        torch.bmm(weights.transpose(1, 2), g_win, out=grad_keys[1])
+        grad_keys = grad_keys.unflatten(1, shape[:4])  # [2, b, n, m, heads, E + K, d]
+        extra_sum = grad_keys[..., :E, :].sum(dim=(2, 3), dtype=wide)
+        grad_extra[tile.images] += extra_sum.permute(1, 3, 0, 2, 4).flatten(3)
+        _scatter_keys(tile, grad_kv, grad_keys[..., E:, :], window_size, num_heads)
+    if bias is not None and grad_bias is not None:
+        grad_bias = grad_bias.to(bias.dtype)
+    return grad_q, grad_kv, grad_extra.to(kv.dtype), grad_bias
 
 
 def _scatter_keys(
@@ -425,3 +442,68 @@ def _scatter_keys(
         for j in range(min(2, tile.col.count)):
             part = tile.every_other(i, j, window_size).keys(grad_kv, window_size, num_heads, step=2)
             part += grad_keys[:, :, i::2, j::2].unflatten(5, part.shape[5:7])
+
+
+def _takes_operator(x: torch.Tensor) -> bool:
+    """Whether a graph may hold `tiled_attention`: it is compiled to run here, not exported, and on a CPU."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == 'cpu'
+
+
+@torch.library.custom_op('timm_ls::tiled_attention', mutates_args=())
+def tiled_attention(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        window_size: int,
+        num_heads: int,
+) -> torch.Tensor:
+    """`_TiledAttention` for compiled graphs, whose compiler does not look into it, at any size.
+
+    Of the masked form, inductor makes loops for a CPU that compute where a key lies anew for each of its channels.
+    Eager mode does without the operator: counters and profilers see what is inside.
+    """
+    return attend_rows(q, kv, extra_kv, bias, window_size, num_heads)
+
+
+@torch.library.custom_op('timm_ls::tiled_attention_backward', mutates_args=())
+def tiled_attention_backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        extra_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        out: torch.Tensor,
+        window_size: int,
+        num_heads: int,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`_tiled_backward` likewise; without a bias, its gradient is empty."""
+    grad_q, grad_kv, grad_extra, grad_bias = _tiled_backward(
+        grad_out, q, kv, extra_kv, bias, out, window_size, num_heads)
+    return grad_q, grad_kv, grad_extra, q.new_empty(0) if grad_bias is None else grad_bias
+
+
+@tiled_attention.register_fake
+def _(q, kv, extra_kv, bias, window_size, num_heads):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@tiled_attention_backward.register_fake
+def _(grad_out, q, kv, extra_kv, bias, out, window_size, num_heads):
+    grad_bias = q.new_empty(0) if bias is None else bias
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, kv, extra_kv, grad_bias))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, window_size, num_heads = inputs
+    ctx.save_for_backward(*tensors, output)
+    ctx.sizes = window_size, num_heads
+
+
+def _backward(ctx, grad_out):
+    grad_q, grad_kv, grad_extra, grad_bias = tiled_attention_backward(grad_out, *ctx.saved_tensors, *ctx.sizes)
+    has_bias = ctx.saved_tensors[3] is not None
+    return grad_q, grad_kv, grad_extra, grad_bias if has_bias else None, None, None
+
+
+tiled_attention.register_autograd(_backward, setup_context=_setup_context)
