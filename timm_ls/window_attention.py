@@ -444,9 +444,13 @@ def _scatter_keys(
             part += grad_keys[:, :, i::2, j::2].unflatten(5, part.shape[5:7])
 
 
+# older than 2.7, torch does not tell compiling from exporting
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
 def _takes_operator(x: torch.Tensor) -> bool:
     """Whether a graph may hold `tiled_attention`: it is compiled to run here, not exported, and on a CPU."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == 'cpu'
+    return torch.compiler.is_compiling() and not _is_exporting() and x.device.type == 'cpu'
 
 
 @torch.library.custom_op('timm_ls::tiled_attention', mutates_args=())
