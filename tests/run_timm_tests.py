@@ -178,9 +178,9 @@ def main() -> int:
             make_stand_in_weights(Path(folder) / 'torch')
         plugin = OurModels()
         status = pytest.main(
-            # of timm's limits, those on time depend on the machine
-            ['-q', '-p', 'no:timeout', '-p', 'no:cacheprovider', '-W', 'ignore', f'--rootdir={tests.parent}',
-             '-c', '/dev/null', *arguments, *(str(tests / name) for name in FILES)],
+            # of timm's limits, those on time depend on the machine; workers of xdist would test timm's models instead
+            ['-q', '-p', 'no:timeout', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-W', 'ignore',
+             f'--rootdir={tests.parent}', '-c', '/dev/null', *arguments, *(str(tests / name) for name in FILES)],
             plugins=[plugin])
     print(plugin.summary())
     return int(status)
