@@ -68,7 +68,7 @@ def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tu
 
 
 def copy_position_bias(out: torch.Tensor, table: torch.Tensor, key_stride: int) -> None:
-    """Write `position_bias` into memory, without a gradient: in long runs, several times faster than two gathers.
+    """Write `position_bias` into memory, without a gradient: in long runs, faster than two gathers.
 
     Args:
         out: Where to, [num_heads, query rows, query cols, key rows, key cols]; a view.
