@@ -375,9 +375,10 @@ def _keep(ctx, inputs, output):
 
 def _gradients(ctx, grad_out, backward):
     """Gradients of all inputs by `backward`: `_tiled_backward`, or that as an operator."""
-    grad_q, grad_kv, grad_extra, grad_bias = backward(grad_out, *ctx.saved_tensors, *ctx.sizes)
-    has_bias = ctx.saved_tensors[3] is not None
-    return grad_q, grad_kv, grad_extra, grad_bias if has_bias else None, None, None
+    # read once: checkpointing recomputes them when they are read, and allows no second time
+    q, kv, extra_kv, bias, out = ctx.saved_tensors
+    grad_q, grad_kv, grad_extra, grad_bias = backward(grad_out, q, kv, extra_kv, bias, out, *ctx.sizes)
+    return grad_q, grad_kv, grad_extra, None if bias is None else grad_bias, None, None
 
 
 def _tiled_backward(
