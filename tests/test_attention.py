@@ -326,6 +326,23 @@ def test_tile_size_changes_nothing(monkeypatch, tile_bytes):
     assert worst(grads, expected_grads) <= 1e-12
 
 
+def test_tiles_are_bounded(monkeypatch):
+    """Tiles hold each query once, and gather no more than a piece, or one window's keys, however long a map's sides."""
+    rng = random.Random(0)
+    for _ in range(200):
+        B, H, W, w, C = rng.randint(1, 5), *rng.choice([(9, 200), (200, 9), (30, 40)]), rng.randint(1, 5), 4
+        size = rng.choice([1, 3000, 30000, 10 ** 7])
+        monkeypatch.setattr(timm_ls.streaming, 'CPU_PIECE_BYTES', size)
+        maps, seen = torch.zeros(B, H, W, 2, C), torch.zeros(B, H, W, 1)
+        first = rng.randrange(0, H, w)  # of some rows
+        rows = min(H - first, w * rng.randint(1, 9))
+        for tile in timm_ls.window_attention._tiles(H, torch.zeros(B, rows, W, C), w, first):
+            keys = tile.keys(maps, w, 1)
+            assert keys.numel() * 4 <= max(size, keys[:, :1, :1, :1].numel() * 4)
+            tile.queries(seen[:, first:first + rows], w, 1, first).add_(1)
+        assert (seen[:, first:first + rows] == 1).all() and seen.sum() == B * rows * W
+
+
 @pytest.mark.parametrize('with_bias', [False, True])
 @pytest.mark.parametrize('dtype, num_extra', [(torch.float32, 3), (torch.bfloat16, 0)])
 def test_operator(with_bias, dtype, num_extra):

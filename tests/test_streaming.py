@@ -51,17 +51,26 @@ def test_equals_the_whole(monkeypatch, variant):
 
 @pytest.mark.parametrize('variant', ['vil_ls_tiny', 'cvt_ls_13'])
 def test_layers_see_pieces(monkeypatch, variant):
-    """No layer sees more of a map than a piece, rounded up to one row of windows; together they see it once."""
-    model, seen = build(variant), []
+    """No layer sees or makes more of a map than a piece, rounded up to one row of windows; together they see it once.
+
+    Of the MLP, that is its hidden layer, and a row of tokens.
+    """
+    model = build(variant)
     pieces_of(monkeypatch, 12000)
     block = model.stages[0].blocks[0]
-    forward = block.mlp.forward
-    monkeypatch.setattr(block.mlp, 'forward', lambda x: seen.append(tuple(x.shape)) or forward(x))
+    projected, seen = [], []
+    for layer, shapes in ((block.attn.proj, projected), (block.mlp, seen)):
+        def forward(x, forward=layer.forward, shapes=shapes):
+            shapes.append(tuple(x.shape))
+            return forward(x)
+        monkeypatch.setattr(layer, 'forward', forward)
     with torch.no_grad():
         model(torch.randn(2, 3, 160, 60, dtype=torch.float64))
-    maps = [shape for shape in seen if len(shape) == 4]
-    assert all(shape[0] == 1 and shape[1] <= 6 and shape[2:] == (15, 12) for shape in maps)  # 8 rows of 1440 bytes
-    assert sum(shape[1] for shape in maps) == 2 * 40
+    for shapes, channels, step in ((projected, 12, 3), (seen, block.mlp.fc1.out_features, 1)):
+        maps = [shape for shape in shapes if len(shape) == 4]
+        most = max(1, 12000 // (15 * channels * 8) // step) * step
+        assert all(shape[0] == 1 and shape[1] <= most and shape[2:] == (15, 12) for shape in maps)
+        assert sum(shape[1] for shape in maps) == 2 * 40
     assert [shape for shape in seen if len(shape) == 3] == [(2, 1, 12)]  # global tokens
 
 

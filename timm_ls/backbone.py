@@ -22,7 +22,7 @@ from timm.models._input import update_model_input_size
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
 from .linear import linear_mode
-from .streaming import takes_pieces
+from .streaming import row_pieces, takes_pieces
 from .window import ceil_div, is_tracing_shapes
 from .window_attention import is_automatic
 
@@ -86,7 +86,8 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim, **dd)
         self.attn = attn
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.hidden_features = int(dim * mlp_ratio)
+        self.mlp = Mlp(dim, hidden_features=self.hidden_features, act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path_rate = drop_path
         self.drop_path = DropPath(drop_path)
 
@@ -127,9 +128,13 @@ class Block(nn.Module):
 
     @torch.jit.unused
     def finish(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-        """Add what attention gives for some tokens, and then what the MLP does."""
+        """Add what attention gives for some tokens, and then what the MLP does, its hidden layer by pieces."""
         x = x + dx
-        return x + self.mlp(self.norm2(x))
+        hidden_bytes = x[:, :1, ..., 0].numel() * self.hidden_features * x.element_size()  # of a row
+        for rows in row_pieces(x, row_bytes=hidden_bytes):
+            part = x[:, rows]
+            part += self.mlp(self.norm2(part))
+        return x
 
     def add(
             self,

@@ -17,9 +17,10 @@ __all__ = ['Finish', 'Tokenwise', 'image_groups', 'piece_bytes', 'row_pieces', '
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]  # treats tokens one by one
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # likewise, from two maps
 
-# Bytes of a map, or of gathered keys, to take at a time. On a CPU a few MB stay in cache and below the size from which
-# its allocator maps memory anew for every tensor; elsewhere a piece has to keep a large device busy.
-CPU_PIECE_BYTES = 4 * 2 ** 20
+# Bytes of a map, of gathered keys or of an MLP's hidden layer to take at a time. On a CPU what is made of a piece stays
+# near its cache and below the size from which its allocator maps memory anew for every tensor, and with 4 MB calls are
+# so many that it is slower; elsewhere a piece has to keep a large device busy.
+CPU_PIECE_BYTES = 8 * 2 ** 20
 PIECE_BYTES = 64 * 2 ** 20
 
 

@@ -44,6 +44,12 @@ class AxisSpan(NamedTuple):
     key_size: int  # keys per window
     halo_offset: int  # where those keys start within the full halo of `w + 2p`
 
+    def windows(self, first: int, count: int, window_size: int) -> 'AxisSpan':
+        """`count` of its windows, from the given one on."""
+        skipped = first * window_size
+        return self._replace(
+            count=count, query_start=self.query_start + skipped, key_start=self.key_start + skipped)
+
 
 @lru_cache(maxsize=1024)
 def axis_spans(size: int, window_size: int) -> Tuple[AxisSpan, ...]:

@@ -236,11 +236,9 @@ class _Tile(NamedTuple):
     def every_other(self, i: int, j: int, window_size: int) -> '_Tile':
         """Every second window along both axes, from the given ones on; for `keys` with a `step` of two."""
 
-        def part(span: AxisSpan, first: int) -> AxisSpan:
-            count = len(range(first, span.count, 2))
-            return span._replace(count=count, key_start=span.key_start + first * window_size)
-
-        return self._replace(row=part(self.row, i), col=part(self.col, j))
+        rows, cols = (len(range(first, span.count, 2)) for first, span in ((i, self.row), (j, self.col)))
+        return self._replace(
+            row=self.row.windows(i, rows, window_size), col=self.col.windows(j, cols, window_size))
 
     def halo(self) -> Tuple[int, ...]:
         """What a tile's logits' bias depends on."""
@@ -267,17 +265,16 @@ def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -
         skipped = max(0, (first_row - row.query_start) // window_size)  # windows before the first
         stop = min(row.count, ceil_div(first_row + rows - row.query_start, window_size))
         for col in axis_spans(W, window_size):
-            row_bytes = col.count * row.key_size * col.key_size * 2 * C * q.element_size()  # a row of windows
-            images = max(1, min(B, piece_bytes(q) // (row_bytes * row.count)))
-            count = row.count if images > 1 else max(1, piece_bytes(q) // row_bytes)
-            for first in range(skipped, stop, count):
-                part = row._replace(
-                    count=min(count, stop - first),
-                    query_start=row.query_start + first * window_size,
-                    key_start=row.key_start + first * window_size,
-                )
-                for image in range(0, B, images):
-                    yield _Tile(slice(image, min(B, image + images)), part, col)
+            windows = max(1, piece_bytes(q) // (row.key_size * col.key_size * 2 * C * q.element_size()))
+            num_cols = ceil_div(col.count, ceil_div(col.count, windows))  # as equal as can be
+            num_rows = min(row.count, max(1, windows // num_cols))
+            images = max(1, min(B, windows // (num_rows * num_cols)))
+            for i in range(skipped, stop, num_rows):
+                row_part = row.windows(i, min(num_rows, stop - i), window_size)
+                for j in range(0, col.count, num_cols):
+                    col_part = col.windows(j, min(num_cols, col.count - j), window_size)
+                    for image in range(0, B, images):
+                        yield _Tile(slice(image, min(B, image + images)), row_part, col_part)
 
 
 def _gather_keys(
