@@ -1,4 +1,4 @@
-"""Work by pieces: what is allocated on the way is as large as a piece, and stays in cache.
+"""Work by pieces: what is allocated on the way is as large as a piece, or a few times that.
 
 A block in inference keeps keys and values of the whole map, queries in the memory of its result, and everything else
 (norms, projections, attention, the MLP and its hidden layer) for one piece at a time. `Block` decides whether it goes
@@ -17,9 +17,9 @@ __all__ = ['Finish', 'Tokenwise', 'image_groups', 'piece_bytes', 'row_pieces', '
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]  # treats tokens one by one
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # likewise, from two maps
 
-# Bytes of a map, of gathered keys or of an MLP's hidden layer to take at a time. On a CPU what is made of a piece stays
-# near its cache and below the size from which its allocator maps memory anew for every tensor, and with 4 MB calls are
-# so many that it is slower; elsewhere a piece has to keep a large device busy.
+# Bytes of a map, of gathered keys or of an MLP's hidden layer to take at a time. On a CPU queries, keys and values of a
+# piece stay below the 32 MB from which glibc maps memory anew for every tensor; of 1 to 16 MB, fewer were slower and
+# more no faster beyond the noise. Elsewhere a piece has to keep a large device busy.
 CPU_PIECE_BYTES = 8 * 2 ** 20
 PIECE_BYTES = 64 * 2 ** 20
 
