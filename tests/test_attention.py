@@ -149,7 +149,7 @@ def test_full_attention_matches_oracle(seed):
     dict(dim=4, num_heads=1, window_size=3, rank=1, num_global_tokens=2, global_update='keys'),
 ])
 def test_gradcheck(implementation, settings):
-    """Analytic gradients equal numeric ones, for inputs and parameters."""
+    """Analytic gradients, and gradients of these, equal numeric ones, for inputs and parameters."""
     layer, x, tokens = build(1, size=(4, 5), **settings)
     x, tokens = x[:1].requires_grad_(), tokens[:1].requires_grad_()
     names = [name for name, _ in layer.named_parameters()]
@@ -161,6 +161,8 @@ def test_gradcheck(implementation, settings):
 
     params = [p.detach().requires_grad_() for p in layer.parameters()]
     assert torch.autograd.gradcheck(function, (x, tokens, *params), eps=1e-6, atol=1e-7, rtol=1e-5)
+    if implementation == 'tiled':  # for the masked form it may take one of torch's that has no second derivative
+        assert torch.autograd.gradgradcheck(function, (x, tokens, *params), fast_mode=True)
 
 
 @pytest.mark.parametrize('case', ['attn_d48_h1_w8_r4_s24', 'attn_d64_h2_w2_r2_s6', 'attn_d96_h3_w7_r8_s28'])
@@ -414,7 +416,7 @@ def test_remembered_table():
 
         def table(*size, num_resized):
             resized.clear()
-            actual = bias.resized_table(size, size)
+            actual = bias(size, size)[0]
             assert torch.equal(actual, resize(bias.table, (2 * size[0] - 1, 2 * size[1] - 1)))
             assert len(resized) == num_resized
             return actual
@@ -436,7 +438,7 @@ def test_remembered_table():
         assert bias.table.grad.abs().sum() > 0
     other = RelPosBias2d(2, (5, 7))
     with torch.no_grad():
-        other.resized_table((4, 4), (4, 4))
+        other((4, 4), (4, 4))
     assert other in timm_ls.rel_pos._last_resized
     kept = len(timm_ls.rel_pos._last_resized)
     del other
@@ -528,7 +530,23 @@ def test_attention_dropout_acts_in_training_only():
     assert (mean - expected).abs().mean() < .25 * expected.abs().mean()
 
 
+@pytest.mark.parametrize('by_pieces', [False, True])
+@pytest.mark.parametrize('make', [LongShortAttention2d, GlobalAttention2d])
+def test_number_of_global_tokens(make, by_pieces):
+    """Too few, too many or none where there should be some: an error, never a result."""
+    x = torch.randn(1, 4, 5, 8)
+    for expected, given in ((2, 1), (2, 3), (2, 0), (0, 1)):
+        layer = make(8, 2, num_global_tokens=expected)
+        tokens = torch.randn(1, given, 8) if given else None
+        with torch.no_grad(), pytest.raises(ValueError, match=f'Expected {expected} global tokens .* got {given}'):
+            if by_pieces:
+                layer.forward_by_pieces(x, tokens, torch.nn.Identity(), torch.add)
+            else:
+                layer(x, tokens)
+
+
 @pytest.mark.parametrize('make, message', [
+    (lambda: GlobalAttention2d(8, 2, num_global_tokens=-1), 'num_global_tokens=-1: expected 0 or more'),
     (lambda: LongShortAttention2d(10, 3), 'dim=10 is not divisible by num_heads=3'),
     (lambda: GlobalAttention2d(10, 3), 'dim=10 is not divisible by num_heads=3'),
     (lambda: LongShortAttention2d(8, 2, window_size=0), 'window_size=0.*expected window_size >= 1'),

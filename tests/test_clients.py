@@ -23,6 +23,8 @@ from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
+import timm_ls.streaming
+
 ROOT = Path(__file__).parent.parent
 NAME = 'vil_ls_small'
 
@@ -310,6 +312,20 @@ def photos():
         if spec is not None:
             paths.extend(sorted(Path(spec.origin).parent.glob(pattern)))
     return [Image.open(path).convert('RGB') for path in paths]
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+@pytest.mark.parametrize('size', [(64, 96), (300, 260)])
+def test_accelerate_offload(monkeypatch, name, size):
+    """Weights that come in when a module is called, and leave after: same values, by pieces of a large map too."""
+    accelerate = pytest.importorskip('accelerate')
+    monkeypatch.setattr(timm_ls.streaming, 'CPU_PIECE_BYTES', 100_000)
+    model, x = timm.create_model(name, pretrained=True).eval(), image(size=size)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device=torch.device('cpu'))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])

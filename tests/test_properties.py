@@ -19,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import timm_ls.streaming
 from timm_ls import GlobalAttention2d, LongShortAttention2d, attention_implementation
 from timm_ls.window import axis_spans
 
@@ -333,6 +334,28 @@ class Both(torch.nn.Module):
 
     def forward(self, x):
         return torch.cat([self.first(x), self.second(x)])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_transforms(name, monkeypatch):
+    """`torch.func` gives the model's own gradients, image by image too, and its outputs, where it goes by pieces."""
+    model, x = copy.deepcopy(shared_model(name)).eval().double(), torch.randn(2, 3, 45, 70, dtype=torch.float64)
+    params = dict(model.named_parameters())
+
+    def loss(params, x):
+        return torch.func.functional_call(model, params, (x,)).square().sum()
+
+    loss(params, x).backward()
+    grads = torch.func.grad(loss)(params, x)
+    per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(params, x[:, None])
+    for key, parameter in params.items():
+        if parameter.grad is not None:
+            bound = dict(rtol=0, atol=1e-10 * max(1., parameter.grad.abs().max().item()))
+            torch.testing.assert_close(grads[key], parameter.grad, **bound)
+            torch.testing.assert_close(per_image[key].sum(dim=0), parameter.grad, **bound)
+    monkeypatch.setattr(timm_ls.streaming, 'CPU_PIECE_BYTES', 1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(model)(x[:, None])[:, 0], model(x), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize('name', MODELS)

@@ -161,8 +161,9 @@ def test_autocast(monkeypatch, variant, dtype):
                 whole = model(x)
             pieces_of(monkeypatch, 4000)
             pieces = model(x)
-            block = model.stages[0].blocks[0]
-            block(torch.randn(1, 20, 20, len(block.norm1.weight)))  # a map of float32, as norms give on other devices
+            stage, C = model.stages[0], model.feature_info[0]['num_chs']
+            tokens = None if stage.global_tokens is None else torch.randn(1, stage.global_tokens.shape[1], C)
+            stage.blocks[0](torch.randn(1, 20, 20, C), tokens)  # a map of float32, as norms give on other devices
     assert pieces.dtype == whole.dtype and types == {(dtype, dtype)}
     error = (whole.float() - exact).norm()
     assert 0 < (pieces.float() - exact).norm() < 2 * error

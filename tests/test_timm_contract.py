@@ -2,6 +2,8 @@
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import timm
@@ -258,6 +260,50 @@ def test_grad_checkpointing(name, features_only):
     assert calls == [1, 2]
     assert len(results[0]) > 10
     assert_equal(*results)
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_checkpointing_remembers_the_implementation(name):
+    """A block is computed again as it was, though what was forced then no longer is, and in another thread."""
+    model = timm.create_model(name)
+    model.set_grad_checkpointing()
+    with timm_ls.attention_implementation('masked'), timm_ls.linear_implementation('onednn'):
+        loss = model(image()).sum()
+    with ThreadPoolExecutor(1) as executor:
+        executor.submit(loss.backward).result()
+    expected = timm.create_model(name)
+    expected.load_state_dict(model.state_dict())
+    expected(image()).sum().backward()
+    grads = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert len(grads) > 10
+    for key, p in expected.named_parameters():
+        if key in grads and 'dynamic_projection.bias' not in key:  # whose gradient is zero
+            torch.testing.assert_close(grads[key], p.grad, rtol=0, atol=1e-4 * p.grad.abs().max().item())
+
+
+@every_model
+def test_norm_layer_keeps_its_eps(name):
+    """The family's own is for those that bring none."""
+    own = {module.eps for module in create(name).modules() if isinstance(module, torch.nn.LayerNorm)}
+    given = partial(torch.nn.LayerNorm, eps=1e-3)
+    model = create(name, norm_layer=given)
+    assert {model.norm.eps, model.stages[0].embed.norm.eps, model.stages[0].blocks[0].norm1.eps} == {1e-3}
+    assert 1e-3 not in own and create(name, norm_layer=torch.nn.LayerNorm).norm.eps == create(name).norm.eps
+
+
+@every_model
+def test_refusals_change_nothing(name):
+    """A pooling or a size that does not exist: an error that says so, and the model as it was."""
+    model = create(name, num_classes=10)
+    with pytest.raises(ValueError, match="Unknown global_pool='nonsense'"):
+        model.reset_classifier(7, 'nonsense')
+    assert model.num_classes == 10 == model.head.out_features and model.global_pool == 'avg'
+    for size in (0, (3, 224, 224), (64, -1)):
+        with pytest.raises(ValueError, match='expected a side, or height and width, in pixels'):
+            model.set_input_size(size)
+    assert not model.load_state_dict({}, strict=False).unexpected_keys  # as torch does
+    with pytest.raises(RuntimeError, match='holds no weights'):
+        model.load_state_dict({})
 
 
 @every_model

@@ -151,6 +151,44 @@ def test_vil_ls_of_other_windows_from_vil():
     assert 'offsets in common' in str(report)
 
 
+def test_hires_from_vil_ls():
+    """Long-short attention in all stages from weights with full attention in two, and back; features like the source's.
+
+    Reached: stages 1 and 2 equal, correlation 0.99 for stages 3 and 4, where the landmarks are fresh.
+    """
+    torch.manual_seed(0)
+    source, x = timm.create_model('vil_ls_tiny'), torch.from_numpy(image(5, (1, 3, 224, 224)))
+    for parameter in source.parameters():
+        if parameter.ndim == 2:  # of order one, so that attention is far from uniform
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -.5)
+    model = timm.create_model('vil_ls_tiny_hires')
+    expected, weights = features(source, x), source.state_dict()
+    random = correlations(features(model, x), expected)
+    report = warm_start(model, weights)
+    actual, after = features(model, x), model.state_dict()
+    print(report)
+    print('random', np.round(random, 3), 'warm', np.round(correlations(actual, expected), 3))
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    assert min(correlations(actual, expected)) > .95 and np.abs(random).max() < .1
+    assert report.source == 'ViL-LS' and set(report.adapted.values()) == {'offsets in common'}
+    assert set(report.taken) | set(report.adapted) | set(report.fresh) == set(after)
+    assert {(name.split('.')[1], name.split('.attn.')[1].split('.')[0]) for name in report.fresh} == {
+        (stage, part) for stage in '23' for part in ('norm_kv', 'dynamic_projection', 'norm_landmarks')}
+    name = 'stages.2.blocks.3.attn.rel_pos.table'
+    assert torch.equal(after[name], weights[name][:, 4:23, 4:23])  # 19 offsets of 27
+    for name in report.taken:
+        assert torch.equal(after[name], weights[name]), name
+
+    back = timm.create_model('vil_ls_tiny', img_size=256)  # windows in two stages, larger grids in the others
+    report = warm_start(back, after)
+    assert {name.split('.')[-1] for name in report.fresh} == {'global_patch', 'global_global'}
+    assert all(f'stages.{i}.blocks.0.attn.norm_kv.weight' in report.unused for i in (2, 3))
+    assert torch.equal(back.state_dict()[name], after[name])
+    report = warm_start(timm.create_model('vil_ls_tiny', rank=4, img_size=256), weights)
+    assert {name.split('.')[-2] for name in report.fresh} == {'dynamic_projection'}
+    assert set(report.adapted.values()) == {'resized'}
+
+
 def test_refusals():
     """A model or checkpoint of another family or size: an error that says which, and nothing changed."""
     with pytest.raises(RuntimeError, match='not part of the model: stages.2.blocks.2'):

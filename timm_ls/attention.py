@@ -10,9 +10,9 @@ import torch.nn as nn
 from timm.layers import use_fused_attn
 from timm.models import checkpoint
 
-from .rel_pos import RelPosBias2d, grid_bias
+from .rel_pos import RelPosBias2d, grid_bias, position_bias
 from .streaming import Finish, Tokenwise, image_groups, row_pieces
-from .window import halo_width, is_tracing_shapes
+from .window import halo_width, is_traced, is_tracing_shapes
 from .window_attention import attend, attend_rows, softmax, window_attention
 
 __all__ = ['GlobalAttention2d', 'LongShortAttention2d']
@@ -28,6 +28,15 @@ def check_heads(dim: int, num_heads: int) -> None:
     if num_heads < 1 or dim % num_heads != 0:
         raise ValueError(
             f'dim={dim} is not divisible by num_heads={num_heads}: every head needs dim / num_heads channels.')
+
+
+@torch.fx.wrap
+def check_global_tokens(global_tokens: Optional[torch.Tensor], number: int) -> None:
+    """Raise a ValueError unless there are that many global tokens, [B, number, C]; none for 0."""
+    if not is_tracing_shapes():
+        given = 0 if global_tokens is None else global_tokens.shape[1]
+        if given != number:
+            raise ValueError(f'Expected {number} global tokens (num_global_tokens), [batch, {number}, C]; got {given}.')
 
 
 @torch.fx.wrap
@@ -198,10 +207,13 @@ class LongShortAttention2d(nn.Module):
 
         Returns:
             The updated map and global tokens, of the same shapes.
+
+        Raises:
+            ValueError: There are other global tokens than `num_global_tokens`.
         """
+        check_global_tokens(global_tokens, self.num_global_tokens)
         global_qkv: Optional[torch.Tensor] = None
-        if self.num_global_tokens > 0:
-            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
+        if global_tokens is not None:
             global_qkv = self.project_global(global_tokens)
         q, kv = self.split(self.project(x))
         weights: Optional[torch.Tensor] = None
@@ -238,6 +250,7 @@ class LongShortAttention2d(nn.Module):
         Returns:
             The result of `after` and the updated global tokens.
         """
+        check_global_tokens(global_tokens, self.num_global_tokens)
         out = x.new_empty(0)
         global_outs = []
         for images in image_groups(x):
@@ -320,7 +333,7 @@ class LongShortAttention2d(nn.Module):
         if self.rel_pos is None:
             return None
         w, halo = self.window_size, self.window_size + 2 * halo_width(self.window_size)
-        return self.rel_pos((w, w), (halo, halo))
+        return position_bias(self.rel_pos((w, w), (halo, halo))[0], (w, w), (halo, halo))
 
     def landmarks(self, weights: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values [B, H, W, 2, C] into [B, rank, 2, C] by the dynamic projection's logits."""
@@ -368,7 +381,7 @@ class GlobalAttention2d(nn.Module):
         proj_drop: Dropout probability of the output.
 
     Raises:
-        ValueError: `dim` is not divisible by `num_heads`.
+        ValueError: `dim` is not divisible by `num_heads`, or `num_global_tokens` is negative.
     """
     takes_pieces: Final[bool] = True  # has `forward_by_pieces`
 
@@ -391,6 +404,8 @@ class GlobalAttention2d(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         check_heads(dim, num_heads)
+        if num_global_tokens < 0:
+            raise ValueError(f'num_global_tokens={num_global_tokens}: expected 0 or more.')
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.num_global_tokens = num_global_tokens
@@ -426,7 +441,11 @@ class GlobalAttention2d(nn.Module):
 
         Returns:
             The updated map and global tokens, of the same shapes.
+
+        Raises:
+            ValueError: There are other global tokens than `num_global_tokens`.
         """
+        check_global_tokens(global_tokens, self.num_global_tokens)
         H, W = x.shape[1], x.shape[2]
         g = self.num_global_tokens
         q, k, v = self.project(x, global_tokens)
@@ -441,8 +460,7 @@ class GlobalAttention2d(nn.Module):
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values for `attend`, of a map [B, H, W, C] and global tokens [B, g, C] or None."""
         tokens = x.flatten(1, 2)
-        if self.num_global_tokens > 0:
-            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
+        if global_tokens is not None:
             tokens = torch.cat([global_tokens, tokens], dim=1)
         qkv = self.qkv(tokens).chunk(3, dim=-1)
         return qkv[0], qkv[1], qkv[2]
@@ -456,6 +474,7 @@ class GlobalAttention2d(nn.Module):
             after: Finish,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """See `LongShortAttention2d.forward_by_pieces`."""
+        check_global_tokens(global_tokens, self.num_global_tokens)
         _, H, W, C = x.shape
         g = self.num_global_tokens
         out = x.new_empty(0)
@@ -471,19 +490,19 @@ class GlobalAttention2d(nn.Module):
             if global_tokens is not None:
                 qkv[:, :g] = self.qkv(global_tokens[images])
             q, k, v = qkv.chunk(3, dim=-1)
-            table, global_bias = self.bias_table(H, W), self.bias_to_global()
+            table, to_global, from_global = self.biases(H, W, k.shape[1])
             if images.start == 0:
                 out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q.dtype))
             row_bytes = max(maps[:, :1].numel() * maps.element_size(), bias_row_bytes(k, self.num_heads, W))
             for rows in row_pieces(maps, row_bytes=row_bytes):
                 num_rows = rows.stop - rows.start
                 attended = attend_grid_rows(
-                    q[:, g + rows.start * W:g + rows.stop * W], k, v, table, global_bias, (H, W), rows.start, num_rows,
+                    q[:, g + rows.start * W:g + rows.stop * W], k, v, table, to_global, (H, W), rows.start, num_rows,
                     1, self.num_heads, 0., self.fused_attn)
                 dx = self.proj_drop(self.proj(attended.unflatten(1, (num_rows, W))))
                 out[images, rows] = after(maps[:, rows], dx)
             if g > 0:
-                global_outs.append(self.proj_drop(self.proj(self.attend_from_global(q[:, :g], k, v))))
+                global_outs.append(self.proj_drop(self.proj(self.attend_from_global(q[:, :g], k, v, from_global))))
         return out, torch.cat(global_outs) if global_outs else None
 
     def attend(
@@ -508,32 +527,44 @@ class GlobalAttention2d(nn.Module):
         """
         g = self.num_global_tokens
         dropout_p = self.attn_drop.p if self.training else 0.
+        table, to_global, from_global = self.biases(height, width, k.shape[1])
         out = attend_grid(
-            q[:, g:], k, v, self.bias_table(height, width), self.bias_to_global(), (height, width), self.kv_stride,
-            self.num_heads, dropout_p, self.fused_attn, self.bias_bytes)
+            q[:, g:], k, v, table, to_global, (height, width), self.kv_stride, self.num_heads, dropout_p,
+            self.fused_attn, self.bias_bytes)
         if g == 0:
             return out
-        return torch.cat([self.attend_from_global(q[:, :g], k, v), out], dim=1)
+        return torch.cat([self.attend_from_global(q[:, :g], k, v, from_global), out], dim=1)
 
-    def attend_from_global(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend_from_global(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            bias: Optional[torch.Tensor],
+    ) -> torch.Tensor:
         """Attention of the global tokens, [B, g, C], to all keys and values as in `attend`."""
-        bias: Optional[torch.Tensor] = None
-        if self.rel_pos is not None:
-            bias = self.rel_pos.from_global(k.shape[1] - self.num_global_tokens)
         dropout_p = self.attn_drop.p if self.training else 0.
         return attend_heads(q, k, v, bias, self.num_heads, dropout_p, self.fused_attn)
 
-    def bias_table(self, height: int, width: int) -> Optional[torch.Tensor]:
-        """The bias table for a map of this size, [num_heads, 2 * height - 1, 2 * width - 1]."""
-        if self.rel_pos is None:
-            return None
-        return self.rel_pos.resized_table((height, width), (height, width))
+    def biases(
+            self,
+            height: int,
+            width: int,
+            num_keys: int,
+    ) -> Tuple[Optional[torch.Tensor], Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Position biases for a map of this size, None where there are none.
 
-    def bias_to_global(self) -> Optional[torch.Tensor]:
-        """Bias of all patches for the global tokens, [num_heads, g]."""
-        if self.rel_pos is None or self.num_global_tokens == 0:
-            return None
-        return self.rel_pos.to_global()
+        Returns:
+            The table of offsets within the map, [num_heads, 2 * height - 1, 2 * width - 1]; the bias of all patches
+            for the global tokens, [num_heads, g]; that of global tokens for all keys, [num_heads, g, num_keys].
+        """
+        if self.rel_pos is None:
+            return None, None, None
+        table, global_patch, global_global = self.rel_pos((height, width), (height, width))
+        if global_patch is None or global_global is None:
+            return table, None, None
+        to_patches = global_patch[0].unsqueeze(-1).expand(-1, -1, num_keys - self.num_global_tokens)
+        return table, global_patch[1], torch.cat([global_global, to_patches], dim=-1)
 
 
 def attend_heads(
@@ -613,7 +644,7 @@ def attend_grid(
 ) -> torch.Tensor:
     """Full attention of a map; see `attend_grid_rows`. Where its bias exceeds `bias_bytes`, some rows at a time."""
     height, width = grid_size
-    if not is_tracing_shapes():
+    if not is_traced():
         rows = max(1, bias_bytes // max(1, bias_row_bytes(k, num_heads, width)))
         if rows < height:
             outs: List[torch.Tensor] = []

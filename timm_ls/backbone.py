@@ -1,4 +1,6 @@
 """What the families share: a block, a stage, and a pyramid of stages that keeps timm's contract for a backbone."""
+from contextvars import copy_context
+from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
@@ -13,6 +15,7 @@ from timm.layers import (
     SelectAdaptivePool2d,
     calculate_drop_path_rates,
     get_device_dtype,
+    get_norm_layer,
     trunc_normal_,
 )
 from timm.models import checkpoint, named_apply
@@ -26,7 +29,17 @@ from .streaming import row_pieces, takes_pieces
 from .window import ceil_div, is_tracing_shapes
 from .window_attention import is_automatic
 
-__all__ = ['Block', 'PyramidTransformer', 'Stage', 'check_image', 'check_stages', 'feature_config', 'pad_to_multiple']
+__all__ = [
+    'Block',
+    'PyramidTransformer',
+    'Stage',
+    'check_image',
+    'check_stages',
+    'feature_config',
+    'grid_size',
+    'norm_layer_with_eps',
+    'pad_to_multiple',
+]
 
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
@@ -203,12 +216,21 @@ class Stage(nn.Module):
             global_tokens = self.pos_drop(self.global_tokens.expand(x.shape[0], -1, -1))
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, global_tokens = checkpoint(block, x, global_tokens)
+                x, global_tokens = checkpoint(in_this_context(block), x, global_tokens)
             else:
                 x, global_tokens = block(x, global_tokens)
         if self.return_global_tokens and global_tokens is not None:
             return torch.cat([global_tokens, x.flatten(1, 2)], dim=1)
         return x.permute(0, 3, 1, 2)
+
+
+def in_this_context(module: nn.Module) -> Callable[..., Any]:
+    """A module that, whenever it is called, sees what context variables hold now.
+
+    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention and linear layers have to
+    be computed in the same way then.
+    """
+    return module if is_tracing_shapes() else partial(copy_context().run, module)
 
 
 class PyramidTransformer(nn.Module):
@@ -225,8 +247,8 @@ class PyramidTransformer(nn.Module):
         mlp_ratio: MLP width over channels.
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' (none) or, if the last stage returns global tokens,
-            'token'.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or '' (none); if the last stage has global tokens, 'token',
+            'avg' or ''.
         drop_rate: Dropout probability before the classifier.
         pos_drop_rate: Dropout probability after each patch embedding.
         proj_drop_rate: Dropout probability in MLPs.
@@ -278,7 +300,8 @@ class PyramidTransformer(nn.Module):
         stages = []
         for i, dim in enumerate(embed_dims):
             if attn_types[i] not in make_attn:
-                raise ValueError(f"Unknown attention {attn_types[i]!r} in attn_types: expected 'ls' or 'full'.")
+                raise ValueError(
+                    f'Unknown attention {attn_types[i]!r} in attn_types: expected {" or ".join(map(repr, make_attn))}.')
             embed = make_embed(i, in_chans if i == 0 else embed_dims[i - 1])
             blocks = [
                 Block(
@@ -365,7 +388,11 @@ class PyramidTransformer(nn.Module):
 
         Args:
             img_size: Side, or height and width, in pixels.
+
+        Raises:
+            ValueError: It is something else.
         """
+        grid_size(img_size, 1)
         for stage, reduction in zip(self.stages, self.reductions):
             for module in stage.modules():
                 if isinstance(module, GlobalAttention2d):
@@ -384,10 +411,13 @@ class PyramidTransformer(nn.Module):
         Args:
             num_classes: Classes; 0 for no classifier.
             global_pool: See the constructor; None keeps the pooling.
+
+        Raises:
+            ValueError: The model has no such pooling; nothing is changed.
         """
-        self.num_classes = num_classes
         if global_pool is not None:
             self.set_global_pool(global_pool)
+        self.num_classes = num_classes
         head = nn.Identity()
         if num_classes > 0:
             head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
@@ -418,7 +448,8 @@ class PyramidTransformer(nn.Module):
             RuntimeError: With `strict`, if the weights belong to another architecture; the message names the first
                 differences.
         """
-        state_dict = self.convert_state_dict(state_dict)
+        if state_dict or strict:
+            state_dict = self.convert_state_dict(state_dict)
         if strict:
             check_state_dict(state_dict, self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -541,8 +572,18 @@ class PyramidTransformer(nn.Module):
 
 def grid_size(img_size: Union[int, Tuple[int, int]], reduction: int) -> Tuple[int, int]:
     """Rows and columns of tokens that a level of stride `reduction` has for an image: every part of it is covered."""
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f'img_size={img_size!r}: expected a side, or height and width, in pixels.')
+    height, width = size
     return ceil_div(height, reduction), ceil_div(width, reduction)
+
+
+def norm_layer_with_eps(norm_layer: Union[str, Callable[..., nn.Module]], eps: float) -> Callable[..., nn.Module]:
+    """A norm by its name or class, with `eps` unless it brings its own."""
+    norm = get_norm_layer(norm_layer)
+    given = norm.keywords if isinstance(norm, partial) else {}
+    return partial(norm, **{'eps': eps, **given})
 
 
 def check_stages(num_stages: int, **per_stage: Tuple[Any, ...]) -> None:

@@ -7,7 +7,6 @@ No code or weights of CvT-LS were ever released. Sizes follow the table of the p
 leaves open follows CvT, and each entrypoint says how far that goes.
 """
 import re
-from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Any, Callable, Dict, Final, List, Optional, Tuple, Union
@@ -16,7 +15,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_act_layer
 from timm.models import generate_default_cfgs, register_model, reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -26,11 +25,12 @@ from .backbone import (
     check_stages,
     feature_config,
     grid_size,
+    norm_layer_with_eps,
     pad_to_multiple,
 )
 from .checkpoint import unwrap_state_dict
 from .pretrained import build_model, published_sources
-from .rel_pos import resize_bias_table
+from .rel_pos import resize_tables
 from .window import is_tracing_shapes
 
 __all__ = ['CvtLs', 'fuse_conv_bn']
@@ -289,8 +289,7 @@ class ConvGlobalAttention2d(GlobalAttention2d):
         """Queries, keys and values for `attend`, of a map [B, H, W, C] and global tokens [B, g, C] or None."""
         qkv = self.conv_qkv(x)
         q, k, v = qkv[0].flatten(1, 2), qkv[1].flatten(1, 2), qkv[2].flatten(1, 2)
-        if self.num_global_tokens > 0:
-            assert global_tokens is not None, 'num_global_tokens > 0: pass global_tokens, [B, num_global_tokens, C]'
+        if global_tokens is not None:
             global_qkv = self.conv_qkv.project(global_tokens, global_tokens, global_tokens)
             q = torch.cat([global_qkv[0], q], dim=1)
             k = torch.cat([global_qkv[1], k], dim=1)
@@ -306,7 +305,8 @@ class CvtLs(PyramidTransformer):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', '' or, with a global token in the last stage, 'token'.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or ''; with a global token in the last stage 'token', 'avg'
+            or ''.
         img_size: Image size that the bias tables of full-attention stages are made for, where `rel_pos_bias` is on.
             Other sizes run as well.
         embed_dims: Channels per stage.
@@ -372,7 +372,7 @@ class CvtLs(PyramidTransformer):
             dtype: Optional[torch.dtype] = None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        norm_layer = partial(get_norm_layer(norm_layer), eps=1e-5)
+        norm_layer = norm_layer_with_eps(norm_layer, eps=1e-5)
         act_layer = get_act_layer(act_layer)
         kv_strides = (kv_stride,) * len(embed_dims) if isinstance(kv_stride, int) else kv_stride
         check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
@@ -577,12 +577,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     if any(name.startswith(('stage0.', 'cvt.encoder.', 'encoder.stages.')) for name in weights):
         return merge_convolutions({rename_cvt(name): value for name, value in weights.items()}, model)
 
-    expected = model.state_dict()
-    for name, table in weights.items():
-        if name.endswith('.rel_pos.table') and name in expected and table.shape[0] == expected[name].shape[0]:
-            size = tuple(expected[name].shape[1:])
-            if tuple(table.shape[1:]) != size:
-                weights[name] = resize_bias_table(table, size)
+    resize_tables(weights, model)
     return weights
 
 

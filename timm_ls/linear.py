@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .window import is_tracing_shapes
+from .window import is_traced
 
 __all__ = ['OneDnnLinear', 'linear_implementation', 'linear_mode']
 
@@ -47,7 +47,7 @@ def linear_implementation(name: str) -> Iterator[None]:
     """Force how blocks compute their linear layers: in float32, on a CPU, in eager mode, with or without a gradient.
 
     Weights and results stay the same, up to rounding. The environment variable `TIMM_LS_LINEAR`, read when the package
-    is imported, sets the default for all threads. A checkpointed block's backward pass has to run within, too.
+    is imported, sets the default for all threads.
 
     Args:
         name: 'onednn', 'default' (what torch takes), or 'auto': oneDNN where it was measured to be faster, by at least
@@ -66,7 +66,7 @@ def linear_implementation(name: str) -> Iterator[None]:
 
 def linear_mode(x: torch.Tensor) -> ContextManager[Any]:
     """What a block has to enter before it sees a map [B, H, W, C]; does nothing where torch's way is taken."""
-    name = 'default' if isinstance(x, torch.fx.Proxy) or is_tracing_shapes() else _implementation.get()
+    name = 'default' if isinstance(x, torch.fx.Proxy) or is_traced() else _implementation.get()
     if name == 'default' or not (is_plain(x) and x.numel() >= MIN_TOKENS * x.shape[-1] and is_available()):
         return nullcontext()
     if name == 'auto' and not is_faster(torch.is_grad_enabled()):
@@ -85,7 +85,7 @@ class OneDnnLinear(TorchFunctionMode):
             kwargs: Optional[Dict[str, Any]] = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and not is_tracing_shapes():
+        if func is F.linear and not is_traced():
             return linear(*args, **kwargs)
         return func(*args, **kwargs)
 

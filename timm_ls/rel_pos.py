@@ -1,5 +1,5 @@
 """Relative position bias on 2-D grids: one dense table of offsets, its expansion, resizing and conversion."""
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -8,9 +8,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
-from .window import ceil_div, halo_width, is_tracing_shapes
+from .window import ceil_div, halo_width, is_traced, is_tracing_shapes
 
-__all__ = ['RelPosBias2d', 'expand_aliased_table', 'grid_bias', 'position_bias', 'resize_bias_table']
+__all__ = [
+    'RelPosBias2d',
+    'dense_table',
+    'expand_aliased_table',
+    'grid_bias',
+    'position_bias',
+    'resize_bias_table',
+    'resize_tables',
+]
 
 
 def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -28,6 +36,16 @@ def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tenso
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     resized = F.interpolate(wide.unsqueeze(0), size=size, mode='bicubic', align_corners=False)
     return resized.squeeze(0).to(table.dtype)
+
+
+def resize_tables(weights: Dict[str, torch.Tensor], model: nn.Module) -> None:
+    """Resize the bias tables among weights to those of a model with other grids or windows, in place."""
+    expected = model.state_dict()
+    for name, table in weights.items():
+        if name.endswith('.rel_pos.table') and name in expected and table.shape[0] == expected[name].shape[0]:
+            size = tuple(expected[name].shape[1:])
+            if tuple(table.shape[1:]) != size:
+                weights[name] = resize_bias_table(table, size)
 
 
 @torch.fx.wrap
@@ -105,7 +123,7 @@ def grid_bias(
         [num_heads, num_rows * width, g + keys].
     """
     height, width = grid_size
-    if torch.is_grad_enabled() or is_tracing_shapes():
+    if torch.is_grad_enabled() or is_traced():
         bias = position_bias(table, (num_rows, width), grid_size)[..., ::key_stride, ::key_stride]
         bias = bias.flatten(3).flatten(1, 2)
         if global_bias is not None:
@@ -145,6 +163,21 @@ def expand_aliased_table(table: torch.Tensor) -> torch.Tensor:
         ' 2 (w + p - 1) (w + 2p + 1) + 1 rows with p = w // 2, for example 253 for w = 7 or 375 for w = 8.')
 
 
+def dense_table(table: torch.Tensor, aliased: bool) -> torch.Tensor:
+    """A bias table as released, [rows, num_heads], as ours, [num_heads, rows of offsets, columns of offsets].
+
+    Args:
+        table: As released; returned as it is if it is ours.
+        aliased: It is one of windows (`expand_aliased_table`), not of a whole grid.
+    """
+    if table.ndim != 2:
+        return table
+    if aliased:
+        return expand_aliased_table(table)
+    side = round(table.shape[0] ** 0.5)  # released models are square
+    return table.T.reshape(-1, side, side)
+
+
 class RelPosBias2d(nn.Module):
     """Learned relative position bias for patch tokens and, optionally, global tokens.
 
@@ -165,7 +198,6 @@ class RelPosBias2d(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.num_heads = num_heads
         self.table = nn.Parameter(torch.empty(num_heads, table_size[0], table_size[1], **dd))
         if num_global_tokens > 0:
             # [0]: global queries, patch keys; [1]: patch queries, global keys
@@ -188,22 +220,29 @@ class RelPosBias2d(nn.Module):
             table = resize_bias_table(self.table.detach(), table_size)
             self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
 
-    def forward(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
-        """Bias between grids, [num_heads, query rows, query cols, key rows, key cols], resized to fit if need be."""
-        return position_bias(self.resized_table(query_size, key_size), query_size, key_size)
+    def forward(
+            self,
+            query_size: Tuple[int, int],
+            key_size: Tuple[int, int],
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """What biases are made from. The one way to the parameters: some bring them in when a module is called.
 
-    def resized_table(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
-        """The table for the offsets between two grids, [num_heads, query + key rows - 1, query + key cols - 1]."""
+        Returns:
+            The table for the offsets between the grids (`position_bias` expands it), resized to fit if need be,
+            [num_heads, query + key rows - 1, query + key cols - 1]. For global tokens (None without), the bias of
+            their queries for patches and of patches for them, [2, num_heads, g], and among them, [num_heads, g, g].
+        """
         if torch.jit.is_scripting():
-            return fit_bias_table(self.table, query_size, key_size)
+            table = fit_bias_table(self.table, query_size, key_size)
         else:
-            return self.remembered_table(query_size, key_size)
+            table = self.remembered_table(query_size, key_size)
+        return table, self.global_patch, self.global_global
 
     @torch.jit.unused
     def remembered_table(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
-        """`resized_table`, taken from the last call in inference on a CPU if neither weights nor sizes have changed."""
+        """`fit_bias_table`, from the last call in inference on a CPU if neither weights nor sizes have changed."""
         table = self.table
-        if torch.is_grad_enabled() or is_tracing_shapes() or type(table) is not nn.Parameter or not table.is_cpu:
+        if torch.is_grad_enabled() or is_traced() or type(table) is not nn.Parameter or not table.is_cpu:
             return fit_bias_table(table, query_size, key_size)
         size = (table.shape[0], query_size[0] + key_size[0] - 1, query_size[1] + key_size[1] - 1)
         if size == table.shape:
@@ -213,18 +252,6 @@ class RelPosBias2d(nn.Module):
             source, resized = table.clone(), fit_bias_table(table, query_size, key_size)
             _last_resized[self] = source, resized
         return resized
-
-    def from_global(self, num_patches: int) -> torch.Tensor:
-        """Bias of global queries for global tokens and patches, [num_heads, g, g + num_patches]."""
-        global_patch, global_global = self.global_patch, self.global_global
-        assert global_patch is not None and global_global is not None
-        return torch.cat([global_global, global_patch[0].unsqueeze(-1).expand(-1, -1, num_patches)], dim=-1)
-
-    def to_global(self) -> torch.Tensor:
-        """Bias of every patch for the global tokens, [num_heads, g]."""
-        global_patch = self.global_patch
-        assert global_patch is not None
-        return global_patch[1]
 
 
 # What inference resized last, one table per layer, and what from: values tell that weights have changed, however that

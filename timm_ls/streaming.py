@@ -10,7 +10,7 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from .window import ceil_div, is_tracing_shapes
+from .window import ceil_div, is_traced
 
 __all__ = ['Finish', 'Tokenwise', 'image_groups', 'piece_bytes', 'row_pieces', 'takes_pieces']
 
@@ -34,7 +34,7 @@ def takes_pieces(module: nn.Module, x: torch.Tensor) -> bool:
 
     That is whoever needs a gradient, captures a graph, trains, or has put hooks on one of the module's layers.
     """
-    if torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy) or is_tracing_shapes() or module.training:
+    if torch.is_grad_enabled() or isinstance(x, torch.fx.Proxy) or is_traced() or module.training:
         return False
     if x.numel() * x.element_size() <= piece_bytes(x):
         return False

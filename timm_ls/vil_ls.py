@@ -5,7 +5,6 @@ Multi-scale design: `Multi-Scale Vision Longformer` - https://arxiv.org/abs/2103
 Released weights: https://github.com/NVIDIA/transformer-ls (MIT)
 """
 import re
-from functools import partial
 from itertools import accumulate
 from operator import mul
 from typing import Any, Callable, Dict, Optional, Tuple, Union
@@ -14,14 +13,21 @@ import torch
 import torch.fx
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_act_layer
 from timm.models import generate_default_cfgs, register_model
 
 from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import PyramidTransformer, check_stages, feature_config, grid_size, pad_to_multiple
+from .backbone import (
+    PyramidTransformer,
+    check_stages,
+    feature_config,
+    grid_size,
+    norm_layer_with_eps,
+    pad_to_multiple,
+)
 from .checkpoint import unwrap_state_dict
 from .pretrained import build_model, published_sources
-from .rel_pos import expand_aliased_table, resize_bias_table
+from .rel_pos import dense_table, resize_tables
 
 __all__ = ['VilLs']
 
@@ -63,7 +69,8 @@ class VilLs(PyramidTransformer):
     Args:
         in_chans: Image channels.
         num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', '' or, with a global token in the last stage, 'token'.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or ''; with a global token in the last stage 'token', 'avg'
+            or ''.
         img_size: Image size that the bias tables of full-attention stages are made for. Other sizes run as well.
         embed_dims: Channels per stage.
         depths: Blocks per stage.
@@ -118,7 +125,7 @@ class VilLs(PyramidTransformer):
             dtype: Optional[torch.dtype] = None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        norm_layer = partial(get_norm_layer(norm_layer), eps=1e-6)
+        norm_layer = norm_layer_with_eps(norm_layer, eps=1e-6)
         act_layer = get_act_layer(act_layer)
         check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
                      attn_types=attn_types, num_global_tokens=num_global_tokens)
@@ -232,21 +239,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
             continue
         weights[rename_released(name)] = value
 
-    expected = model.state_dict()
     for name, table in weights.items():
-        if not name.endswith('.rel_pos.table'):
-            continue
-        if table.ndim == 2:  # as released: [offsets, heads]
-            if name.replace('rel_pos.table', 'norm_kv.weight') in weights:
-                table = expand_aliased_table(table)
-            else:
-                side = round(table.shape[0] ** 0.5)  # released models are square
-                table = table.T.reshape(-1, side, side)
-        if name in expected and table.shape[0] == expected[name].shape[0]:
-            size = tuple(expected[name].shape[1:])
-            if tuple(table.shape[1:]) != size:
-                table = resize_bias_table(table, size)
-        weights[name] = table
+        if name.endswith('.rel_pos.table'):
+            weights[name] = dense_table(table, aliased=name.replace('rel_pos.table', 'norm_kv.weight') in weights)
+    resize_tables(weights, model)
     return weights
 
 

@@ -1,8 +1,8 @@
-"""Warm start: weights of the models that the families were built from, for what both have in common.
+"""Warm start: weights of models that are close to ours, for what both have in common.
 
-No weights of CvT-LS and none of ViL-LS tiny and small were ever released, but those of CvT and of Vision Longformer
-were. Their token embeddings, projections and MLPs have the same shapes and the same part; long-short attention itself
-starts fresh.
+No weights of CvT-LS, of ViL-LS tiny and small, and of the `_hires` variants were ever released, but those of CvT, of
+Vision Longformer, and of ViL-LS with full attention in its last stages were. Their token embeddings, projections and
+MLPs have the same shapes and the same part; long-short attention that the source lacks starts fresh.
 """
 import re
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from .checkpoint import check_state_dict, read_checkpoint, unwrap_state_dict
 from .cvt_ls import CvtLs, rename_cvt
 from .cvt_ls import checkpoint_filter_fn as convert_cvt
+from .rel_pos import dense_table
 from .vil_ls import VilLs, rename_released
 from .vil_ls import checkpoint_filter_fn as convert_vil
 
@@ -22,10 +23,10 @@ __all__ = ['WarmStart', 'warm_start']
 # What the source models do not have; everything else of ours has to come from the checkpoint
 FRESH: Final[str] = (
     r'.+\.attn\.(?:norm_kv|dynamic_projection|norm_landmarks|rel_pos)\..+|stages\.\d+\.global_tokens|head\..+')
-# What ours do not have: global tokens and their own projections and biases, absolute positions, other classes
+# What ours do not have: global tokens and their own projections and biases, absolute positions, other classes, and
+# long-short attention where ours is full or has another rank
 UNUSED: Final[str] = (
-    r'.+_global\.(?:weight|bias)|.+relative_position_(?:bias|index|bias_table)|.+_pos_embed|.+\.rel_pos\..+'
-    r'|.*cls_token|stages\.\d+\.global_tokens|head\..+')
+    r'.+_global\.(?:weight|bias)|.+relative_position_(?:bias|index|bias_table)|.+_pos_embed|.*cls_token|' + FRESH)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class WarmStart:
     """What a warm start did; `print` it for a summary.
 
     Attributes:
-        source: The source model's family, 'CvT' or 'ViL'.
+        source: The source model's family, 'CvT', 'ViL' or 'ViL-LS'.
         taken: Our parameters and buffers that now hold the source's values, possibly joined from several.
         adapted: Those that hold them changed, each with what was done.
         fresh: Those that were left as they were initialised.
@@ -76,7 +77,7 @@ def warm_start(
         model: Union[CvtLs, VilLs],
         checkpoint: Union[str, Path, Dict[str, Any]],
 ) -> WarmStart:
-    """Initialise a model from released weights of the model that its family was built from, and say what was taken.
+    """Initialise a model from weights of one that is close to it, and say what was taken.
 
     - `cvt_ls_13` and `cvt_ls_21` from CvT-13 and CvT-21: Microsoft's `.pth` files or Hugging Face's `microsoft/cvt-13`
       and `microsoft/cvt-21`. CvT was trained with `act_layer='quick_gelu'`: build the model with it to keep that too.
@@ -84,6 +85,9 @@ def warm_start(
     - `vil_ls_tiny` to `vil_ls_base` from Vision Longformer (ViL) of the same size with one class token per stage and
       relative position biases. Where ViL has projections of their own for the class token, these are left out. Its
       window bias spans 4w - 1 offsets per axis and ours 2(w + p) - 1: offsets in common keep their value.
+    - ViL-LS from ViL-LS of the same size with other `attn_types`, windows or ranks, the authors' files or ours: so
+      `vil_ls_medium_hires` from the released `vil_ls_medium`. Where a stage had full attention and has windows now,
+      offsets in common keep their value.
 
     The landmarks, DualLN and biases that the source lacks stay as initialised: fine-tuning is needed.
 
@@ -108,7 +112,8 @@ def warm_start(
         weights = convert_cvt(given, model)
         _rescale_queries(weights, model, adapted)
     else:
-        source, rename = 'ViL', rename_released
+        source = 'ViL-LS' if any(rename_released(name).endswith('.norm_kv.weight') for name in given) else 'ViL'
+        rename = rename_released
         weights = convert_vil(_join_vil(given, model, adapted), model)
 
     expected = model.state_dict()
@@ -152,6 +157,7 @@ def _join_vil(
 ) -> Dict[str, torch.Tensor]:
     """Give ViL's weights the layout of the released ViL-LS: one layer for queries, keys, values; its window offsets."""
     expected = model.state_dict()
+    long_short = {name for name in map(rename_released, weights) if name.endswith('.norm_kv.weight')}
     joined = {}
     for name, value in weights.items():
         match = re.fullmatch(r'(.+\.attn)\.(query|kv)\.(weight|bias)', name)
@@ -163,14 +169,16 @@ def _join_vil(
                 joined[name] = value
             else:
                 joined[f'{attn}.qkv.{leaf}'] = torch.cat([query, kv])
-        elif ours.endswith('.rel_pos.table') and ours.replace('rel_pos.table', 'norm_kv.weight') in expected:
-            side = round(value.shape[0] ** 0.5)
-            table = value.T.reshape(-1, side, side)
-            if ours in expected and table.shape[0] == expected[ours].shape[0]:
-                adapted[ours] = 'offsets in common'
-                joined[ours] = _common_offsets(table, expected[ours])
-            else:
-                joined[name] = value
+        elif ours.endswith('.rel_pos.table'):
+            norm_kv = ours.replace('rel_pos.table', 'norm_kv.weight')
+            table = dense_table(value, aliased=norm_kv in long_short)
+            fresh = expected.get(ours, table)
+            if table.shape[0] == fresh.shape[0] and table.shape != fresh.shape:
+                if norm_kv in long_short or norm_kv in expected:
+                    table, adapted[ours] = _common_offsets(table, fresh), 'offsets in common'
+                else:
+                    adapted[ours] = 'resized'
+            joined[ours] = table
         else:
             joined[name] = value
     return joined

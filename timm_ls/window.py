@@ -14,6 +14,7 @@ __all__ = [
     'axis_spans',
     'ceil_div',
     'halo_width',
+    'is_traced',
     'is_tracing_shapes',
     'token_index',
     'window_index',
@@ -27,6 +28,17 @@ def is_tracing_shapes() -> bool:
         return False  # a script reads sizes when it runs
     else:
         return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_traced() -> bool:
+    """Whether a pass is seen by what knows plain operations only: compile, export, trace, or `torch.func`.
+
+    Then nothing may be written in place, and nothing may have a backward pass of its own.
+    """
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return is_tracing_shapes() or torch._C._are_functorch_transforms_active()
 
 
 def halo_width(window_size: int) -> int:

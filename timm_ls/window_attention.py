@@ -6,7 +6,8 @@
   exists; a bounded number of windows at a time; the backward pass recomputes what it needs. Eager mode. In inference,
   blocks call it for a few rows of queries at a time (`attend_rows`).
 - 'masked': one gather and one attention call over all windows, with a mask. No Python decision depends on a size, so
-  that it can be scripted, traced, compiled and exported with dynamic sizes; plain autograd.
+  that it can be scripted, traced, compiled and exported with dynamic sizes; plain autograd, which `torch.func` and
+  second derivatives need.
 
 A third, 'triton', is a kernel for CUDA devices (`triton_attention`), which only those who ask for it get.
 
@@ -19,7 +20,6 @@ from typing import Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .streaming import piece_bytes
 from .window import (
@@ -27,6 +27,7 @@ from .window import (
     axis_spans,
     ceil_div,
     halo_width,
+    is_traced,
     is_tracing_shapes,
     token_index,
     window_index,
@@ -131,7 +132,7 @@ def window_attention(
     if torch.jit.is_scripting():
         return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
     else:
-        in_graph = is_tracing_shapes()
+        in_graph = is_traced()
         name = 'masked' if dropout_p > 0 or in_graph and not _takes_operator(q) else _implementation.get()
         if name == 'masked' or not fused and name == 'auto':
             return _masked(q, kv, extra_kv, bias, window_size, num_heads, dropout_p, fused)
@@ -358,8 +359,9 @@ class _TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are to have gradients
+            return _differentiable_gradients(ctx, grad_out)
         return _gradients(ctx, grad_out, _tiled_backward)
 
 
@@ -376,6 +378,17 @@ def _gradients(ctx, grad_out, backward):
     q, kv, extra_kv, bias, out = ctx.saved_tensors
     grad_q, grad_kv, grad_extra, grad_bias = backward(grad_out, q, kv, extra_kv, bias, out, *ctx.sizes)
     return grad_q, grad_kv, grad_extra, None if bias is None else grad_bias, None, None
+
+
+def _differentiable_gradients(ctx, grad_out):
+    """`_gradients` by autograd, from the masked form: torch's fused attention has no second derivative."""
+    *inputs, _ = ctx.saved_tensors
+    inputs = [None if x is None else x.view_as(x) for x in inputs]  # landmarks were made from keys: not by that way
+    needed = ctx.needs_input_grad
+    out = _masked(*inputs, *ctx.sizes, dropout_p=0., fused=False)
+    wanted = [x for x, is_needed in zip(inputs, needed) if is_needed]
+    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=True))
+    return tuple(next(grads) if is_needed else None for is_needed in needed)
 
 
 def _tiled_backward(
