@@ -3,11 +3,13 @@ import math
 import random
 
 import pytest
+import timm
 import torch
 from small_models import perturbed
 
 import timm_ls
 from timm_ls import GlobalAttention2d, LongShortAttention2d
+from timm_ls.rel_pos import position_bias
 from timm_ls.visualize import (
     attention_rollout,
     landmark_maps,
@@ -90,7 +92,8 @@ def attention_matrix(model, image, name, call):
         q, k, _ = (part[0].unflatten(-1, (h, -1)) for part in layer.project(x, call['tokens']))
         logits = torch.einsum('qhd,khd->hqk', q[g:], k) * layer.head_dim ** -.5
         if layer.rel_pos is not None:
-            logits[..., g:] += layer.rel_pos((H, W), (H, W))[..., ::s, ::s].flatten(3).flatten(1, 2)
+            bias = position_bias(layer.rel_pos((H, W), (H, W))[0], (H, W), (H, W))
+            logits[..., g:] += bias[..., ::s, ::s].flatten(3).flatten(1, 2)
             if g > 0:
                 logits[..., :g] += layer.rel_pos.global_patch[1][:, None]
     weights = logits.softmax(-1)[..., g:].mean(0)  # [N, keys]
@@ -136,6 +139,49 @@ def test_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize('name, kwargs', [('test_cvt_ls', {}), ('test_vil_ls', dict(attn_drop_rate=.5))])
+def test_as_in_evaluation(name, kwargs):
+    """Neither dropout nor the batch has a say in training mode, statistics stay, and inference mode changes nothing."""
+    model, image = timm.create_model(name, pretrained=True, **kwargs).eval(), torch.randn(3, 64, 64)
+
+    def look():
+        attention = query_attention(model, image, 'stages.0.blocks.0.attn', (3, 3))
+        return [attention_rollout(model, image), *attention, *landmark_maps(model, image).values()]
+
+    expected, before = look(), {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    actual = look()
+    with torch.inference_mode():
+        image = image.clone()
+        actual += look()
+    assert len(actual) == 2 * len(expected) and all(map(torch.equal, actual, expected * 2))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_rollout_over_patches_that_do_not_fit():
+    """Patches of 4 over 5 rows and 8 columns, the last of them one row high."""
+    torch.manual_seed(0)
+    model = timm_ls.VilLs(
+        embed_dims=(16, 16), depths=(1, 1), num_heads=(1, 1), patch_sizes=(8, 4), attn_types=('ls', 'ls'),
+        num_global_tokens=(0, 0), rank=0).eval()
+    for block in (model.stages[0].blocks[0], model.stages[1].blocks[0]):
+        torch.nn.init.zeros_(block.attn.qkv.weight)  # each token attends to all in its halo alike
+        torch.nn.init.zeros_(block.attn.rel_pos.table)
+    relevance = attention_rollout(model, torch.randn(3, 40, 64))
+    assert relevance.shape == (5, 8)
+    # before the first stage hands back: what each of 2 x 2 patches gives to the tokens in it, all the same
+    uniform = torch.ones(5, 8) / 40
+    matrix = torch.zeros(40, 40)
+    for i in range(40):
+        row, col = divmod(i, 8)
+        keys = torch.zeros(5, 8)
+        left = max(0, col // 7 * 7 - 3)
+        keys[:, left:min(8, col // 7 * 7 + 10)] = 1.
+        matrix[i] = (keys / keys.sum()).flatten()
+    expected = uniform.flatten() @ (torch.eye(40) + matrix) / 2
+    torch.testing.assert_close(relevance.flatten(), expected / expected.sum())
+
+
 def test_bad_input():
     """What was given, and what there is."""
     model, image = build('vil_ls_tiny'), torch.randn(3, 64, 64, dtype=torch.float64)
@@ -147,6 +193,8 @@ def test_bad_input():
         query_attention(model, image, 'stages.0.blocks.0.attn', (0, 16))
     with pytest.raises(ValueError, match='Linear has no attention of timm_ls'):
         landmark_maps(torch.nn.Linear(2, 2), image)
+    with pytest.raises(ValueError, match='no landmarks: rank=0'):
+        plot_landmarks(image, torch.zeros(2, 0, 8, 8))
 
 
 def test_figures():

@@ -4,7 +4,6 @@ Everything is read off an ordinary forward pass with hooks that are gone when a 
 being looked at pays nothing. Functions take one image and return tensors; `plot_*` draw them with matplotlib
 (`pip install "timm-ls[demo]"`).
 """
-import math
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -53,20 +52,20 @@ class _Call(NamedTuple):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a while."""
+def _looking_at(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while, without gradients, and without inference mode, which forbids them."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.inference_mode(False), torch.no_grad():
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode
 
 
-@torch.no_grad()
 def _record(model: nn.Module, image: torch.Tensor) -> List[_Call]:
-    """The calls of all attention layers, in order, for an image [C, H, W] or [1, C, H, W]."""
+    """The calls of all attention layers, in order, for an image [C, H, W] or [1, C, H, W]; within `_looking_at`."""
     if image.ndim == 3:
         image = image[None]
     if image.ndim != 4 or image.shape[0] != 1:
@@ -81,8 +80,7 @@ def _record(model: nn.Module, image: torch.Tensor) -> List[_Call]:
     if not handles:
         raise ValueError(f'{type(model).__name__} has no attention of timm_ls: expected one of its models.')
     try:
-        with _evaluating(model):
-            model(image)
+        model(image)
     finally:
         for handle in handles:
             handle.remove()
@@ -111,7 +109,6 @@ def _landmark_map(call: _Call) -> torch.Tensor:
     return _projection(call).reshape(layer.num_heads, layer.rank, H, W)
 
 
-@torch.no_grad()
 def landmark_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
     """What each landmark is distilled from: the dynamic projection, a softmax over the tokens of the map (eq. 4).
 
@@ -125,11 +122,11 @@ def landmark_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tens
     Raises:
         ValueError: There is more than one image, or no such layer.
     """
-    calls = _record(model, image)
-    return {call.name: _landmark_map(call) for call in calls if isinstance(call.layer, LongShortAttention2d)}
+    with _looking_at(model):
+        calls = _record(model, image)
+        return {call.name: _landmark_map(call) for call in calls if isinstance(call.layer, LongShortAttention2d)}
 
 
-@torch.no_grad()
 def query_attention(model: nn.Module, image: torch.Tensor, layer: str, position: Tuple[int, int]) -> QueryAttention:
     """Where one token looks, in one layer: its window, the landmarks and the global tokens, in one softmax.
 
@@ -145,11 +142,16 @@ def query_attention(model: nn.Module, image: torch.Tensor, layer: str, position:
     Raises:
         ValueError: There is no such layer or position, or more than one image.
     """
-    call = _find(_record(model, image), layer)
+    with _looking_at(model):
+        return _query_attention(_find(_record(model, image), layer), position)
+
+
+def _query_attention(call: _Call, position: Tuple[int, int]) -> QueryAttention:
+    """`query_attention` in the call of a layer."""
     attn, (H, W) = call.layer, call.x.shape[1:3]
     row, col = position
     if not (0 <= row < H and 0 <= col < W):
-        raise ValueError(f'position={tuple(position)}: {layer} has a map of {H} rows and {W} columns.')
+        raise ValueError(f'position={tuple(position)}: {call.name} has a map of {H} rows and {W} columns.')
     q, kv, extra_kv = _queries_and_keys(call)
     h, w, p = attn.num_heads, attn.window_size, halo_width(attn.window_size)
     top, left = row // w * w, col // w * w
@@ -200,22 +202,28 @@ def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: There is more than one image, or no such layer.
     """
-    calls = _record(model, image)
-    relevance = torch.ones_like(calls[-1].x[..., 0])
-    for call in reversed(calls):
-        H, W = call.x.shape[1:3]
-        if relevance.shape[1:] != (H, W):
-            relevance = _spread(relevance, H, W)
-        relevance = (relevance + _hand_back(call, relevance)) / 2
-        relevance = relevance / relevance.sum()
-    return relevance[0]
+    with _looking_at(model):
+        calls = _record(model, image)
+        relevance = torch.ones_like(calls[-1].x[..., 0])
+        stage = _stage(calls[-1])
+        for call in reversed(calls):
+            if _stage(call) != stage:
+                relevance = _spread(relevance, model.get_submodule(stage).embed.proj.stride[0], call.x.shape[1:3])
+                stage = _stage(call)
+            relevance = (relevance + _hand_back(call, relevance)) / 2
+            relevance = relevance / relevance.sum()
+        return relevance[0]
 
 
-def _spread(relevance: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Share out the relevance of patches among the tokens of a finer map, as many of them as lie inside."""
-    factor = math.ceil(height / relevance.shape[1])
-    fine = relevance.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)[:, :height, :width]
-    return fine / factor ** 2
+def _stage(call: _Call) -> str:
+    """Name of the stage that a layer belongs to."""
+    return call.name.rsplit('.blocks.', 1)[0]
+
+
+def _spread(relevance: torch.Tensor, stride: int, size: Tuple[int, int]) -> torch.Tensor:
+    """Give the tokens of a finer map what the patch has that they lie in: relevance up to a factor."""
+    fine = relevance.repeat_interleave(stride, dim=1).repeat_interleave(stride, dim=2)
+    return fine[:, :size[0], :size[1]]
 
 
 @torch.enable_grad()
@@ -277,7 +285,12 @@ def plot_landmarks(photo: torch.Tensor, maps: torch.Tensor, title: str = '') -> 
 
     Returns:
         The matplotlib figure.
+
+    Raises:
+        ValueError: The layer has no landmarks.
     """
+    if maps.shape[1] == 0:
+        raise ValueError('The layer has no landmarks: rank=0.')
     figure, axes = _figure(maps.shape[0], maps.shape[1])
     for head, row in enumerate(axes):
         for landmark, axis in enumerate(row):
