@@ -737,6 +737,16 @@ def test_adapts_what_it_should_and_nothing_else(kwargs, expected):
         assert table.shape[1:] == (2 * (size[0] // 16) - 1, 2 * (size[1] // 16) - 1)
 
 
+def test_url_of_ones_own_is_for_the_model_asked_for(server):
+    """Its file may be of other options than the model's name says: values bit for bit, and nothing resized twice."""
+    torch.manual_seed(0)
+    for path, kwargs in (('/large.pth', dict(img_size=192)), ('/linear.pth', dict(attn_types=('ls',) * 4))):
+        weights = timm.create_model(MODEL, **kwargs).state_dict()
+        server.files[path] = file_bytes(weights)
+        assert same(from_url(server, path, **kwargs), weights)
+        assert same(from_url(server, path, **kwargs), weights) and server.hits.count(path) == 1  # kept
+
+
 def test_from_1000_classes_only_the_head_is_fresh(tmp_path):
     reference = timm.create_model('vil_ls_tiny').state_dict()
     save_file(reference, tmp_path / 'model.safetensors')

@@ -1,5 +1,6 @@
 """The ViL-LS family: exact to the released models, at any size, from any of their checkpoint files."""
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +297,16 @@ def test_damaged_files(tmp_path, tiny_checkpoint, damage, message, suffix):
         timm_ls.load_checkpoint(model, path)
     assert path.name in str(error.value) or 'Expected' in str(error.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoint_of_timms_train_script(tmp_path):
+    """It holds options in an `argparse.Namespace` beside the weights."""
+    weights = small_model().state_dict()
+    torch.save(dict(state_dict=weights, args=Namespace(lr=.1, model='x'), epoch=3), tmp_path / 'last.pth.tar')
+    model = small_model()
+    torch.nn.init.ones_(model.head.weight)
+    timm_ls.load_checkpoint(model, tmp_path / 'last.pth.tar')
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_other_things_than_weights(tmp_path):

@@ -1,4 +1,5 @@
 """Checkpoints: reading a file, unwrapping what it holds, telling whether it fits."""
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Dict, Union
 
@@ -66,7 +67,8 @@ def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, most
 def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     """Read a checkpoint file, safetensors or PyTorch's own format, into memory.
 
-    A pickle is read with `weights_only` and no additions to what PyTorch allows: it cannot run code.
+    A pickle is read with `weights_only`: it cannot run code. All that it may hold beyond what PyTorch allows is the
+    `argparse.Namespace` with its options that timm's train.py adds.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -78,7 +80,8 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         if path.suffix == '.safetensors':
             return load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # each format fails in its own ways on a damaged file
         raise RuntimeError(
             f'Could not read {path} ({path.stat().st_size} bytes) as a checkpoint: expected a complete .safetensors'

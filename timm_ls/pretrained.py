@@ -157,7 +157,9 @@ def find_weights(
             f'the Hub repository {hub_id}', partial(from_hub, hub_id, cfg.get('hf_hub_filename'), entry, cache_dir)))
     if 'url' in sources:
         url = as_tuple(sources['url'])[0]
-        attempts.append((url, partial(from_url, url, original, converted, variant, cfg, filter_fn, entry)))
+        # the model that a file of the caller's is for may have other options: it sees the file itself, as with `file`
+        convert = copy_weights if named else partial(convert_checkpoint, variant=variant, cfg=cfg, filter_fn=filter_fn)
+        attempts.append((url, partial(from_url, url, original, converted, convert, entry)))
     if not attempts:
         return None
 
@@ -237,9 +239,7 @@ def from_url(
         url: str,
         original: Path,
         converted: Path,
-        variant: str,
-        cfg: Dict[str, Any],
-        filter_fn: FilterFn,
+        convert: Callable[[Dict[str, Any]], Dict[str, torch.Tensor]],
         entry: Mapping[str, Any],
 ) -> Path:
     """Download a checkpoint and convert it, unless another process does so meanwhile.
@@ -269,7 +269,7 @@ def from_url(
                 raise RuntimeError(
                     f'The checksum of {url} is {file_sha256(original)}, expected {expected}: it was damaged on the way'
                     ' or replaced.')
-            weights = convert_checkpoint(read_checkpoint(original), variant, cfg, filter_fn)
+            weights = convert(read_checkpoint(original))
         except Exception:
             original.unlink(missing_ok=True)  # else every later run would fail on it
             raise
@@ -361,7 +361,12 @@ def convert_checkpoint(
     for name, value in weights.items():
         if value.layout != torch.strided or value.is_floating_point() != expected[name].is_floating_point():
             raise RuntimeError(f'{name} is {value.dtype}, {value.layout}: expected dense {expected[name].dtype}.')
-    # copies, as safetensors refuses tensors that share memory
+    return copy_weights(weights)
+
+
+def copy_weights(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
+    """The weights in a checkpoint, each in memory of its own, as safetensors wants them."""
+    weights = unwrap_state_dict(checkpoint)
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in weights.items()}
 
 
