@@ -143,6 +143,12 @@ def test_arguments_reach_the_backbone_and_the_detector(constructor):
     cfg = dict(mean=(.5, .5, .5), std=(.4, .4, .4))
     model = create(constructor, backbone_kwargs=dict(out_channels=32, pretrained_cfg_overlay=cfg))
     assert model.transform.image_mean == [.5, .5, .5] and model.transform.image_std == [.4, .4, .4]
+    grey = dict(in_chans=1, out_channels=32)
+    with pytest.raises(ValueError, match='in_chans=1: pass image_mean and image_std, 1 numbers each'):
+        create(constructor, backbone_kwargs=grey)
+    model = create(constructor, backbone_kwargs=grey, image_mean=[.5], image_std=[.2], min_size=256, max_size=320)
+    model.eval()
+    assert len(model([torch.rand(1, 64, 80)])[0]['boxes']) > 0
 
 
 @pytest.mark.parametrize('constructor, name', [
@@ -201,6 +207,8 @@ def test_segmenter_freezes_and_checkpoints():
     assert torch.equal(pretrained.body.stages_0.embed.proj.weight, weights['stages.0.embed.proj.weight'])
     with pytest.raises(ValueError, match='trainable_layers=5.* has 4'):
         upernet('test_vil_ls', trainable_backbone_layers=5)
+    with pytest.raises(ValueError, match='aux_params: a segmenter has no classifier'):
+        upernet('test_vil_ls', aux_params=dict(classes=4))
 
 
 def test_segmenter_without_its_library(monkeypatch):

@@ -45,6 +45,7 @@ def fasterrcnn_fpn(
         ValueError: The backbone has no pyramid of NCHW maps, or an argument is out of range.
     """
     backbone = rcnn_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
+    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
     return FasterRCNN(backbone, num_classes, **dict(rcnn_defaults(backbone, anchor_scale), **kwargs))
 
 
@@ -64,6 +65,7 @@ def maskrcnn_fpn(
     """
     backbone = rcnn_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
     defaults = dict(rcnn_defaults(backbone, anchor_scale), mask_roi_pool=roi_pool(backbone, 14, anchor_scale))
+    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
     return MaskRCNN(backbone, num_classes, **dict(defaults, **kwargs))
 
 
@@ -98,7 +100,8 @@ def retinanet_fpn(
     """
     backbone = one_stage_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
     sizes = retinanet_sizes(backbone.strides, anchor_scale)
-    defaults = dict(image_normalisation(backbone), anchor_generator=anchor_generator(sizes))
+    defaults = dict(anchor_generator=anchor_generator(sizes))
+    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
     return RetinaNet(backbone, num_classes, **dict(defaults, **kwargs))
 
 
@@ -120,7 +123,8 @@ def fcos_fpn(
     """
     backbone = one_stage_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
     sizes = [[anchor_scale * stride] for stride in backbone.strides]
-    defaults = dict(image_normalisation(backbone), anchor_generator=anchor_generator(sizes, aspect_ratios=(1.,)))
+    defaults = dict(anchor_generator=anchor_generator(sizes, aspect_ratios=(1.,)))
+    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
     return FCOS(backbone, num_classes, **dict(defaults, **kwargs))
 
 
@@ -149,7 +153,6 @@ def rcnn_defaults(backbone: FeaturePyramid, anchor_scale: float) -> Dict[str, An
     """Arguments of torchvision's two-stage detectors that depend on the pyramid."""
     sizes = [[anchor_scale * stride] for stride in backbone.strides]
     return dict(
-        image_normalisation(backbone),
         rpn_anchor_generator=anchor_generator(sizes),
         box_roi_pool=roi_pool(backbone, 7, anchor_scale),
     )
@@ -181,7 +184,21 @@ def anchor_generator(
     return AnchorGenerator(tuple(tuple(side) for side in sizes), (tuple(aspect_ratios),) * len(sizes))
 
 
-def image_normalisation(backbone: FeaturePyramid) -> Dict[str, List[float]]:
-    """Mean and deviation of images that the backbone was trained with, by torchvision's names."""
+def with_normalisation(
+        kwargs: Dict[str, Any],
+        backbone: FeaturePyramid,
+        backbone_kwargs: Optional[Dict[str, Any]],
+) -> Dict[str, Any]:
+    """A detector's arguments, with the mean and deviation of images that the backbone was trained with by default.
+
+    Raises:
+        ValueError: The backbone takes images of other channels, and they are not given.
+    """
     cfg = backbone.body.pretrained_cfg
-    return dict(image_mean=list(cfg['mean']), image_std=list(cfg['std']))
+    in_chans = (backbone_kwargs or {}).get('in_chans', cfg['input_size'][0])
+    result = dict(kwargs)
+    for name, value in (('image_mean', cfg['mean']), ('image_std', cfg['std'])):
+        if name not in kwargs and len(value) != in_chans:
+            raise ValueError(f'in_chans={in_chans}: pass image_mean and image_std, {in_chans} numbers each.')
+        result.setdefault(name, list(value))
+    return result

@@ -74,12 +74,14 @@ def upernet(
 
     Raises:
         ImportError: segmentation_models_pytorch is not installed.
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or asks for a classifier of whole images (`aux_params`).
     """
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
         raise ImportError("UPerNet is segmentation_models_pytorch's: pip install 'timm-ls[clients]'") from error
+    if kwargs.get('aux_params') is not None:
+        raise ValueError('aux_params: a segmenter has no classifier of whole images; put one on the backbone yourself.')
     backbone_kwargs = backbone_kwargs or {}
     with torch.device('meta'):
         strides = timm.create_model(backbone_name, features_only=True, **backbone_kwargs).feature_info.reduction()
