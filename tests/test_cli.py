@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 
-from timm_ls.__main__ import main, principal_colours, timm_ls_models
+from timm_ls.__main__ import main, open_image, principal_colours, timm_ls_models
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,11 +50,20 @@ def test_two_photos_with_a_checkpoint(tmp_path, capsys):
     assert two_rows > .3 * one_row
 
 
+def test_sixteen_bits(tmp_path):
+    """A photo of 16 bits is scaled to 8, not cut off."""
+    grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(grey).save(tmp_path / 'grey.png')
+    _, picture = open_image(str(tmp_path / 'grey.png'))
+    np.testing.assert_array_equal(np.asarray(picture), np.broadcast_to((grey // 256)[..., None], (256, 256, 3)))
+
+
 @pytest.mark.parametrize('arguments, message', [
     (['nothing.jpg'], 'Could not read nothing.jpg as an image'),
     (['--checkpoint', 'nothing.pth', '--model', 'vil_ls_tiny'], 'No checkpoint file at nothing.pth'),
     (['--device', 'nonsense'], "Device 'nonsense' is not available here"),
     (['--model', 'vil_ls_tiny', '--img-size', '16'], 'at least 32 x 32 pixels, got 16 x 16'),
+    (['--model', 'vil_ls_tiny', '--pretrained'], 'No pretrained weights exist for vil_ls_tiny'),
     (['run'], 'Usage: python -m timm_ls run SCRIPT.py'),
     (['run', 'nothing.py'], 'got nothing.py'),
 ])
@@ -66,7 +75,10 @@ def test_errors_are_one_line(arguments, message):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--model', 'vil_ls_huge'], "unknown model 'vil_ls_huge'; ours: .*vil_ls_medium"),
-    (['--img-size', '1', '2', '3'], 'got 3 numbers'),
+    (['--img-size', '1', '2', '3'], r'got \[1, 2, 3\]'),
+    (['--img-size', '0'], r'in pixels, got \[0\]'),
+    (['--out', 'no/such/x.png'], 'there is no folder no/such'),
+    (['--out', 'x.foo'], 'ends with .png, .* got x.foo'),
 ])
 def test_usage_errors(arguments, message, capsys):
     """Wrong arguments: usage and the reason."""

@@ -22,6 +22,8 @@ from .complexity import count_macs, count_parameters
 
 __all__ = ['main']
 
+PICTURE_TYPES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
+
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line; `argv` defaults to that of the process."""
@@ -68,21 +70,27 @@ def show_pyramid(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls',
         description='Run a model on photos: top-5 classes, the feature pyramid as a table and as a picture.',
-        epilog='Also: python -m timm_ls models | python -m timm_ls run SCRIPT.py [ARGS ...]')
+        epilog='Also: "models" lists the models, "run SCRIPT.py [ARGS ...]" runs a script with them registered;'
+               ' python -m timm_ls.benchmark and python -m timm_ls.precision measure.')
     parser.add_argument('images', nargs='*', metavar='IMAGE', help='photos (default: a sample photo)')
     parser.add_argument('--model', default='vil_ls_medium', help='model name (default: %(default)s)')
     parser.add_argument('--img-size', nargs='+', type=int, metavar='PIXELS',
-                        help='side, or height and width (default: the native size of the model)')
+                        help='side, or height and width, after the images (default: the native size of the model)')
     parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
     parser.add_argument('--checkpoint', metavar='FILE', help="weights: the authors' .pth, our own, or safetensors")
     parser.add_argument('--pretrained', action='store_true', help='load the published weights of the model')
     parser.add_argument(
         '--out', default='pyramid.png', metavar='PICTURE', help='picture to write (default: %(default)s)')
     args = parser.parse_args(argv)
-    if args.model not in timm.list_models():
+    if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'unknown model {args.model!r}; ours: {", ".join(timm_ls_models())}')
-    if args.img_size is not None and len(args.img_size) > 2:
-        parser.error(f'--img-size takes a side or a height and a width, got {len(args.img_size)} numbers')
+    if args.img_size is not None and (len(args.img_size) > 2 or min(args.img_size) < 1):
+        parser.error(f'--img-size takes a side or a height and a width in pixels, got {args.img_size}')
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        parser.error(f'--out: there is no folder {out.parent}')
+    if out.suffix.lower() not in PICTURE_TYPES:
+        parser.error(f'--out: expected a name that ends with {", ".join(PICTURE_TYPES)}, got {out.name}')
 
     images = [open_image(path) for path in args.images or [sample_photo()]]
     try:
@@ -91,12 +99,12 @@ def show_pyramid(argv: Sequence[str]) -> None:
     except (RuntimeError, AssertionError) as error:
         raise SystemExit(f'Device {args.device!r} is not available here: {error}') from error
 
-    model: Any = timm.create_model(args.model, pretrained=args.pretrained)
-    if args.checkpoint:
-        try:
+    try:
+        model: Any = timm.create_model(args.model, pretrained=args.pretrained)
+        if args.checkpoint:
             load_checkpoint(model, args.checkpoint)
-        except (OSError, RuntimeError) as error:
-            raise SystemExit(str(error)) from error
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(str(error)) from error
     model = model.to(device).eval()
     has_weights = bool(args.checkpoint or args.pretrained)
 
@@ -134,7 +142,10 @@ def show_pyramid(argv: Sequence[str]) -> None:
 def open_image(path: str) -> Tuple[str, Image.Image]:
     """The path and the image as RGB; exits with a message if it is none."""
     try:
-        return path, Image.open(path).convert('RGB')
+        picture: Image.Image = Image.open(path)
+        if picture.mode.startswith('I'):  # 16 bits, which the conversion would cut off, not scale
+            picture = picture.point(lambda value: value / 256).convert('L')
+        return path, picture.convert('RGB')
     except OSError as error:
         raise SystemExit(f'Could not read {path} as an image: {error}') from error
 

@@ -64,6 +64,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             parser.error(f'unknown model {name!r}: python -m timm_ls models lists ours')
     if len(args.img_size) > 2 or min(args.img_size) < 32:
         parser.error(f'--img-size takes a side or a height and a width from 32 pixels, got {args.img_size}')
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f'--json: there is no folder {Path(args.json).parent}')
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
