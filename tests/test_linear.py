@@ -57,9 +57,9 @@ def images(*size, batch=2):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def assert_close(actual, expected, tolerance=1e-5):
+def assert_close(actual, expected, tolerance=1e-5, what=''):
     for a, e in zip(actual, expected, strict=True):
-        assert (a - e).abs().max() <= tolerance * e.abs().max() + 1e-12
+        assert (a - e).abs().max() <= tolerance * e.abs().max() + 1e-12, what
 
 
 @pytest.mark.parametrize('threads', [1, 2])
@@ -179,13 +179,19 @@ def test_measured_once(monkeypatch):
     assert torch.equal(torch.random.get_rng_state(), state)  # nobody else's random numbers change
 
 
-@pytest.mark.parametrize('what', ['autocast', 'no oneDNN', 'float64', 'bfloat16', 'meta', 'less precision', 'subclass'])
+@pytest.mark.parametrize('what', [
+    'autocast', 'no oneDNN', 'float64', 'bfloat16', 'meta', 'less precision', 'less precision of convolutions',
+    'subclass', 'sparse'])
 def test_left_alone(what, convolutions):
     """What oneDNN would not compute as torch does stays with torch."""
     class Subclass(torch.Tensor):
         pass
 
-    x, weight = torch.randn(16, 16, 24), torch.randn(40, 24)
+    x, weight = torch.randn(16, 16, 96), torch.randn(40, 96)
+    with OneDnnLinear():
+        F.linear(x, weight)
+    assert convolutions  # of these sizes
+    convolutions.clear()
     context = linear_implementation('onednn')
     if what == 'autocast':
         context = torch.autocast('cpu', torch.bfloat16)
@@ -197,10 +203,14 @@ def test_left_alone(what, convolutions):
         x, weight = x.to('meta'), weight.to('meta')
     elif what == 'subclass':
         weight = weight.as_subclass(Subclass)
-    elif hasattr(torch.backends.mkldnn, 'matmul'):
+    elif what == 'sparse':
+        weight = weight.to_sparse_csr()
+    elif not hasattr(torch.backends.mkldnn, 'matmul'):
+        pytest.skip('this torch does not tell the precision of its products')
+    elif what == 'less precision':
         torch.set_float32_matmul_precision('medium')
     else:
-        pytest.skip('this torch does not tell the precision of its products')
+        torch.backends.mkldnn.conv.fp32_precision = 'bf16'
     try:
         with context:
             expected = F.linear(x, weight)
@@ -208,6 +218,8 @@ def test_left_alone(what, convolutions):
                 out = F.linear(x, weight)
     finally:
         torch.set_float32_matmul_precision('highest')
+        if what == 'less precision of convolutions':
+            torch.backends.mkldnn.conv.fp32_precision = 'none'
     assert not convolutions
     assert type(out) is type(expected) and out.dtype == expected.dtype
     assert what == 'meta' or torch.equal(out, expected)
@@ -232,7 +244,7 @@ def test_graphs_hold_linear_layers(convolutions):
             }
             convolutions.clear()  # tracing checks itself against eager mode
             for kind, graph in graphs.items():
-                assert_close([graph(x)], [expected], tolerance=3e-5), kind
+                assert_close([graph(x)], [expected], tolerance=3e-5, what=kind)
     assert not convolutions
     assert {type(module) for module in graphs['fx'].modules() if 'Linear' in type(module).__name__} == {nn.Linear}
 
