@@ -226,13 +226,16 @@ def test_aliased_table_expansion():
         expand_aliased_table(torch.zeros(254, 3))
 
 
-@pytest.mark.parametrize('old, new', [((27, 27), (27, 27)), ((13, 9), (27, 5)), ((27, 27), (1, 3)), ((1, 1), (5, 5))])
+@pytest.mark.parametrize('old, new', [((27, 27), (27, 27)), ((13, 9), (27, 5)), ((27, 27), (1, 3)), ((1, 1), (5, 5)),
+                                      ((27, 27), (39, 55))])
 def test_resized_table(old, new):
-    """Bicubic by the oracle's weights; the identity at the same size."""
+    """Bicubic by the oracle's weights; the identity at the same size; half precision rounds the result alone."""
     table = torch.randn(2, *old, dtype=torch.float64)
     expected = torch.stack([reference.resize_matrix(old[0], new[0]) @ head @ reference.resize_matrix(old[1], new[1]).T
                             for head in table])
     torch.testing.assert_close(resize_bias_table(table, new), expected, rtol=0, atol=1e-12)
+    half = table.bfloat16()
+    assert torch.equal(resize_bias_table(half, new), resize_bias_table(half.float(), new).bfloat16())
     if old == new:
         assert torch.equal(resize_bias_table(table, new), table)
 
@@ -518,16 +521,21 @@ def test_forcing_an_implementation():
             pass
 
 
-def test_attention_dropout_acts_in_training_only():
-    """Dropout of attention weights changes a training pass, at random, and leaves evaluation alone."""
-    layer, x, _ = build(0, size=(6, 6), dim=8, num_heads=2, window_size=3, attn_drop=.5)
-    layer.eval()
-    assert torch.equal(layer(x)[0], layer(x)[0])
-    expected = layer(x)[0]
-    layer.train()
-    assert not torch.equal(layer(x)[0], layer(x)[0])
-    mean = torch.stack([layer(x)[0] for _ in range(400)]).mean(0)
-    assert (mean - expected).abs().mean() < .25 * expected.abs().mean()
+@pytest.mark.parametrize('kind', ['attn_drop', 'proj_drop'])
+@pytest.mark.parametrize('make', [LongShortAttention2d, GlobalAttention2d])
+def test_dropout_acts_in_training_only(make, kind):
+    """Dropout of attention weights, or of outputs, changes map and token in training, at random, and nothing else."""
+    layer = make(8, 2, num_global_tokens=1, dtype=torch.float64, **{kind: .5})
+    generator = randomise(layer, 0)
+    x, token = (torch.randn(1, *size, 8, generator=generator, dtype=torch.float64) for size in ((6, 6), (1,)))
+    inputs = x.expand(400, -1, -1, -1), token.expand(400, -1, -1)
+    torch.manual_seed(0)
+    trained, expected = layer.train()(*inputs), layer.eval()(*inputs)
+    for y, wanted in zip(trained, expected, strict=True):
+        torch.testing.assert_close(wanted, wanted[:1].expand_as(wanted))
+        assert not torch.equal(y[0], y[1])
+    # not the token's mean: its logits are of the map's outputs
+    assert (trained[0].mean(0) - expected[0][0]).abs().mean() < .25 * expected[0][0].abs().mean()
 
 
 @pytest.mark.parametrize('by_pieces', [False, True])

@@ -60,6 +60,62 @@ def test_constructor_arguments(name):
     model.train()(image(in_chans=4)).sum().backward()
 
 
+@pytest.mark.parametrize('name, attn_types', [('vil_ls_tiny', ('ls', 'full') * 2), ('cvt_ls_13', ('ls', 'full', 'ls'))])
+@pytest.mark.parametrize('learned', [False, True])
+def test_arguments_of_blocks(name, attn_types, learned):
+    """What only the families' own attention knows, and the width of the MLP, reach every block."""
+    model = timm.create_model(
+        name, attn_types=attn_types, qkv_bias=learned, rel_pos_bias=learned, mlp_ratio=2. + learned,
+        window_size=5 + learned, rank=3 + learned, global_update='outputs' if learned else 'keys', device='meta')
+    for stage, attn_type in zip(model.stages, attn_types, strict=True):
+        for block in stage.blocks:
+            assert block.mlp.fc1.out_features == (2 + learned) * block.mlp.fc1.in_features
+            assert (block.attn.rel_pos is not None) == learned
+            linear = {n: m for n, m in block.attn.named_modules() if isinstance(m, torch.nn.Linear)}
+            unbiased = {n for n, m in linear.items() if m.bias is None}
+            assert unbiased == (set() if learned else {n for n in linear if 'qkv' in n})
+            if attn_type == 'ls':
+                assert (block.attn.window_size, block.attn.rank) == (5 + learned, 3 + learned)
+                assert block.attn.update_from_outputs == learned
+
+
+def test_drop_path_rises_along_the_depth():
+    """Linearly over the blocks of all stages, from 0 to the given rate."""
+    model = timm.create_model('vil_ls_tiny', depths=(2, 1, 3, 2), drop_path_rate=.7, device='meta')
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for rates in ([block.drop_path_rate for block in blocks], [block.drop_path.drop_prob for block in blocks]):
+        assert rates == pytest.approx([.1 * i for i in range(8)])
+
+
+@every_model
+def test_every_dropout_is_applied(name):
+    """To all tokens of its stage, global ones included, once; to what is pooled."""
+    model = create(name).train()
+    seen = {}
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not key.endswith('attn_drop'):  # which attention reads
+            seen[key] = 0
+            module.register_forward_hook(
+                lambda module, args, out, key=key: seen.update({key: seen[key] + args[0].shape[:-1].numel()}))
+    model(image())
+    expected = {'head_drop': 2}
+    for i, (stage, info) in enumerate(zip(model.stages, model.feature_info)):
+        rows, cols = (-(-side // info['reduction']) for side in SIZE)
+        num_global_tokens = 0 if stage.global_tokens is None else stage.global_tokens.shape[1]
+        expected.update({key: 2 * (rows * cols + num_global_tokens) for key in seen if key.startswith(f'stages.{i}.')})
+    assert seen == expected
+    num_blocks = sum(len(stage.blocks) for stage in model.stages)
+    assert len(seen) == 1 + len(model.stages) + 3 * num_blocks  # of a block, one after attention and two in the MLP
+
+
+@every_model
+def test_exportable(name):
+    """Attention in plain operators where timm's `exportable` asks for them, and fused otherwise."""
+    for exportable in (False, True):
+        model = create(name, exportable=exportable, device='meta')
+        assert {m.fused_attn for m in model.modules() if hasattr(m, 'fused_attn')} == {not exportable}
+
+
 @every_model
 def test_attributes(name):
     """What clients read before they run anything."""
@@ -307,6 +363,15 @@ def test_refusals_change_nothing(name):
 
 
 @every_model
+def test_initial_scale(name):
+    """Matrices and position biases start as released, with a standard deviation of 0.02."""
+    torch.manual_seed(0)
+    for key, value in create(name).named_parameters():
+        if value.numel() > 500 and (value.ndim == 2 or '.rel_pos.' in key):  # fewer draws tell little
+            assert value.std().item() == pytest.approx(.02, rel=.15), key
+
+
+@every_model
 @pytest.mark.parametrize('by', ['argument', 'context'])
 def test_meta_construction_and_initialisation(name, by):
     """Built without memory, then filled: statistics of a fresh model, whichever of the two methods fills."""
@@ -336,13 +401,14 @@ def test_meta_construction_and_initialisation(name, by):
                 assert (value.mean() - expected.mean()).abs() < 1.5 * error, key
                 assert (value.std() - expected.std()).abs() < 1.5 * error, key
         assert model.float().eval()(image()).isfinite().all()
-    with torch.device('meta'):
-        transplanted = create(name)
-    transplanted.to_empty(device='cpu').load_state_dict(fresh.state_dict())
-    for module in transplanted.modules():
-        if hasattr(module, 'init_non_persistent_buffers'):
-            module.init_non_persistent_buffers()
-    assert torch.equal(transplanted.eval()(image()), fresh.eval()(image()))
+    for assign in (False, True):
+        with torch.device('meta'):
+            transplanted = create(name)
+        if not assign:
+            transplanted.to_empty(device='cpu')
+        transplanted.load_state_dict(fresh.state_dict(), assign=assign)
+        assert not any(tensor.is_meta for tensor in transplanted.state_dict().values())
+        assert torch.equal(transplanted.eval()(image()), fresh.eval()(image()))
 
 
 @every_model
