@@ -116,8 +116,8 @@ def test_trainable_layers_are_those_of_torchvision(trainable_layers):
     def trainable(backbone):
         return {name for name, p in backbone.body.named_parameters() if p.requires_grad}
 
-    expected = resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=trainable_layers)
-    expected = {name for name in trainable(expected)}
+    expected = trainable(
+        resnet_fpn_backbone(backbone_name='resnet18', weights=None, trainable_layers=trainable_layers))
     actual = trainable(timm_fpn_backbone('resnet18', trainable_layers=trainable_layers))
     bn = ('.bn', 'bn1.', '.downsample.1.')  # torchvision's are buffers by default
     assert {name for name in actual if not any(part in name for part in bn)} == expected
@@ -160,7 +160,7 @@ def test_frozen_stages_stay_as_in_inference():
     assert all(module.training for module in pyramid.modules())
 
 
-def test_trainable_layers_by_default(monkeypatch):
+def test_trainable_layers_by_default():
     """All without weights; with weights the last three, as in torchvision."""
     assert timm_fpn_backbone(VIL).trainable_layers == 4
     pyramid = timm_fpn_backbone(VIL, pretrained=True)  # weights that ship with the package

@@ -105,12 +105,13 @@ def test_who_sees_the_whole(monkeypatch):
         assert block.takes_pieces(x)
         handle.remove()
         for layer in (block.attn, block.attn.qkv, block.mlp.fc1):
-            shapes = []
-            handle = layer.register_forward_hook(lambda module, args, out, to=shapes: to.append(args[0].shape))
-            assert not takes_pieces(block, x)
-            block(x, torch.zeros(1, 1, 12, dtype=torch.float64))
-            assert x.shape[:3] in [shape[:3] for shape in shapes]
-            handle.remove()
+            for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+                shapes = []
+                handle = register(lambda module, args, out=None, to=shapes: to.append(args[0].shape))
+                assert not takes_pieces(block, x)
+                block(x, torch.zeros(1, 1, 12, dtype=torch.float64))
+                assert x.shape[:3] in [shape[:3] for shape in shapes]
+                handle.remove()
         assert block.takes_pieces(x)
 
 
@@ -171,7 +172,10 @@ def test_autocast(monkeypatch, variant, dtype):
 
 @pytest.mark.parametrize('variant', ['vil_ls_tiny', 'cvt_ls_13 full'])
 def test_full_attention_by_rows(monkeypatch, variant):
-    """Where a full-attention bias would not fit, it exists for some queries at a time: same values and gradients."""
+    """Where a full-attention bias would not fit, it exists for some queries at a time: same values and gradients.
+
+    The backward pass makes it anew.
+    """
     kwargs = dict(rel_pos_bias=True) if variant.startswith('cvt') else {}
     model = build(variant, **kwargs)
     x = torch.randn(2, 3, 150, 220, dtype=torch.float64)
@@ -183,10 +187,15 @@ def test_full_attention_by_rows(monkeypatch, variant):
         return original(table, query_size, key_size)
 
     monkeypatch.setattr(timm_ls.rel_pos, 'position_bias', recorded)
+    attend_grid_rows, calls = timm_ls.attention.attend_grid_rows, []
+    monkeypatch.setattr(
+        timm_ls.attention, 'attend_grid_rows',
+        lambda *args: calls.append(args[7] == args[5][0]) or attend_grid_rows(*args))  # all rows at once?
 
     def run():
         model.zero_grad()
         queries.clear()
+        calls.clear()
         logits = model(x)
         logits.square().sum().backward()
         return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -199,6 +208,11 @@ def test_full_attention_by_rows(monkeypatch, variant):
                 module.bias_bytes = size
         actual, grads = run()
         assert any(rows < height for rows, height in queries)
+        num_calls = len(calls)
+        calls.clear()
+        with torch.no_grad():
+            model(x)
+        assert num_calls == sum(1 if whole else 2 for whole in calls)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11)
         for name, grad in grads.items():
             bound = 1e-11 * max(1., expected_grads[name].abs().max().item())
