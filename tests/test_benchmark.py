@@ -1,7 +1,9 @@
 """The benchmark command: what it computes, what it writes, and what it says when something does not run."""
+import itertools
 import json
 import re
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -20,9 +22,12 @@ from timm_ls.benchmark import (
     interquartile_range,
     main,
     make_step,
+    matmul_rate,
     paired_ratio,
     peak_memory,
     released_architecture,
+    summarise,
+    time_in_turns,
 )
 
 PEER = 'test_resnet'
@@ -43,6 +48,20 @@ def test_statistics():
     assert interquartile_range([4., 1., 3., 2.]) == 1.5
     assert interquartile_range([7.]) == 0.
     assert paired_ratio([2., 30., 4.], [1., 10., 4.]) == 2.
+
+
+def test_summary():
+    """Values worked out by hand: four images per call, two operations per multiply-add, a backward pass twice the
+    forward; above 1 is faster than the baseline, below 1 takes less memory.
+    """
+    cell = dict(seconds=[2., 4., 6.], macs=10 ** 9, peak_bytes=300, error=None)
+    base = dict(seconds=[1., 1., 3.], peak_bytes=100, error=None)
+    where = setting(mode='train', batch_size=4)
+    alone = dict(median_s=4., iqr_s=2., images_per_s=1., matmul_fraction=pytest.approx(6 / 60))
+    assert summarise(cell, base, where, 60.) == dict(alone, speed=.5, memory=3.)
+    assert summarise(cell, dict(base, error='out of memory'), where, 60.) == alone
+    forward = summarise(cell, base, setting(batch_size=4), 60.)
+    assert forward == dict(alone, matmul_fraction=pytest.approx(2 / 60), speed=.5, memory=3.)
 
 
 def test_fitted_exponent():
@@ -69,6 +88,18 @@ def test_growth():
 @pytest.mark.parametrize('text, size', [('224', (224, 224)), ('800x1333', (800, 1333)), ('4096x64', (4096, 64))])
 def test_image_size(text, size):
     assert image_size(text) == size
+
+
+def test_matmul_rate(monkeypatch):
+    """Two operations per multiply-add: here, a product takes a second by the clock."""
+    monkeypatch.setattr(benchmark, 'time', SimpleNamespace(perf_counter=itertools.count().__next__))
+    assert matmul_rate('cpu', 'float32') == pytest.approx(2 * 1024 ** 3 / 1e9)
+
+
+def test_models_are_made_for_the_image():
+    """Height and width: a map of 4 x 6 tokens at stride 16 has 7 x 11 offsets."""
+    model = build('vil_ls_tiny', setting(height=64, width=96))
+    assert model.stages[2].blocks[0].attn.rel_pos.table.shape[1:] == (7, 11)
 
 
 @pytest.mark.parametrize('changes', [
@@ -101,6 +132,17 @@ def test_linear_layers(linear, monkeypatch):
         calls.clear()
     assert where.kind() == 'forward, batch 16, float32, eager' + (
         '' if linear == 'auto' else f', {linear} linear layers')
+
+
+def test_turns(monkeypatch):
+    """After a first call each, forwards and backwards in turn: neither is always timed first."""
+    order = []
+    monkeypatch.setattr(benchmark, 'build', lambda label, where: label)
+    monkeypatch.setattr(benchmark, 'make_step', lambda model, where: lambda: order.append(model))
+    cells = {label: dict(seconds=[], error=None) for label in 'ab'}
+    time_in_turns(cells, setting(), 2, benchmark.tqdm(disable=True))
+    assert ''.join(order) == 'ab' + 'ab' + 'ba'
+    assert [len(cell['seconds']) for cell in cells.values()] == [2, 2]
 
 
 def test_compared(tmp_path, capsys):
@@ -139,7 +181,7 @@ def test_memory(capsys):
 
 @pytest.mark.skipif(not benchmark.sys.platform.startswith('linux'), reason='measured on Linux')
 def test_peak_memory_counts_what_a_call_allocates(monkeypatch):
-    """A call that takes 64 MB for a moment, whatever was taken and handed back before."""
+    """A call that takes 64 MiB for a moment, whatever was taken and handed back before."""
     class Hungry(torch.nn.Module):
         def forward(self, x):
             return torch.ones(64 * 2 ** 18)[:1000].reshape(1, -1)
@@ -158,10 +200,10 @@ def test_failure_is_a_cell(monkeypatch):
     assert describe_error(KeyError()) == 'not supported: KeyError'
     assert peak_memory('test_vit', setting(height=65, width=65))['error'].startswith('not supported')
 
-    class Killed:
-        returncode = -9
-    monkeypatch.setattr(benchmark.subprocess, 'run', lambda *args, **kwargs: Killed)
-    assert benchmark.run_peak_memory('vil_ls_base', setting()) == dict(error='out of memory')
+    for code, error in ((-9, 'out of memory'), (-11, 'killed by signal 11'), (1, 'not supported: boom')):
+        result = benchmark.subprocess.CompletedProcess([], code, stdout='', stderr='x\nboom\n')
+        monkeypatch.setattr(benchmark.subprocess, 'run', lambda *args, result=result, **kwargs: result)
+        assert benchmark.run_peak_memory('vil_ls_base', setting()) == dict(error=error)
 
 
 def test_allocator(monkeypatch):

@@ -110,10 +110,11 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
                         help='forward under no_grad, or a training step: forward and backward (default: forward)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'],
                         help='float32, or autocast to another (default: float32)')
-    parser.add_argument('--execution', nargs='+', choices=EXECUTIONS, default=['eager'])
+    parser.add_argument('--execution', nargs='+', choices=EXECUTIONS, default=['eager'],
+                        help='how models run; several are compared (default: eager)')
     parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['auto'],
-                        help="linear layers, on a CPU: torch's own, oneDNN's, each for all models alike, or our models'"
-                             ' choice (default: auto)')
+                        help="linear layers on a CPU: our models' own choice (auto), torch's (default) or oneDNN's"
+                             ' (onednn), the last two for all models (default: auto)')
     parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
     parser.add_argument('--allocator', choices=('default', 'tuned'), default='default',
                         help="tuned: with glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised")
@@ -289,17 +290,23 @@ def compare(
     base = cells[args.baseline]
     for cell in cells.values():
         if cell['error'] is None:
-            seconds = cell['seconds']
-            cell.update(median_s=statistics.median(seconds), iqr_s=interquartile_range(seconds))
-            cell['images_per_s'] = setting.batch_size / cell['median_s']
-            if cell['macs']:  # a backward pass costs twice the forward
-                operations = 2 * cell['macs'] * setting.batch_size * (3 if setting.mode == 'train' else 1)
-                cell['matmul_fraction'] = operations / cell['median_s'] / 1e9 / matmul_gflops[setting.dtype]
-            if base['error'] is None:
-                cell['speed'] = paired_ratio(base['seconds'], seconds)
-                if cell['peak_bytes'] and base['peak_bytes']:
-                    cell['memory'] = cell['peak_bytes'] / base['peak_bytes']
+            cell.update(summarise(cell, base, setting, matmul_gflops[setting.dtype]))
     return list(cells.values())
+
+
+def summarise(cell: Dict[str, Any], base: Dict[str, Any], setting: Setting, matmul_gflops: float) -> Dict[str, Any]:
+    """The fields that follow from what was measured for a model and for the baseline."""
+    seconds = cell['seconds']
+    median = statistics.median(seconds)
+    fields = dict(median_s=median, iqr_s=interquartile_range(seconds), images_per_s=setting.batch_size / median)
+    if cell['macs']:  # a backward pass costs twice the forward
+        operations = 2 * cell['macs'] * setting.batch_size * (3 if setting.mode == 'train' else 1)
+        fields['matmul_fraction'] = operations / median / 1e9 / matmul_gflops
+    if base['error'] is None:
+        fields['speed'] = paired_ratio(base['seconds'], seconds)
+        if cell['peak_bytes'] and base['peak_bytes']:
+            fields['memory'] = cell['peak_bytes'] / base['peak_bytes']
+    return fields
 
 
 def time_in_turns(cells: Dict[str, Dict[str, Any]], setting: Setting, repeats: int, progress: tqdm) -> None:
@@ -474,14 +481,14 @@ def print_report(report: Dict[str, Any]) -> None:
             kind = cell['kind']
             print(f'\n{kind}; times faster and share of memory against {report["baseline"]}')
             print(f'{"size":>9}  {"model":{width}}  {"ms":>8}  {"IQR":>7}  {"images/s":>8}  {"faster":>6}'
-                  f'  {"peak MB":>7}  {"memory":>6}  of matmul')
+                  f'  {"peak MiB":>8}  {"memory":>6}  of matmul')
         head = f'{cell["height"]}x{cell["width"]}'.rjust(9) + f'  {cell["model"]:{width}}'
         if cell['error']:
             print(f'{head}  {cell["error"]}')
             continue
-        megabytes = cell['peak_bytes'] and cell['peak_bytes'] / 2 ** 20
+        mebibytes = cell['peak_bytes'] and cell['peak_bytes'] / 2 ** 20
         print(f'{head}  {cell["median_s"] * 1e3:8.1f}  {cell["iqr_s"] * 1e3:7.1f}  {cell["images_per_s"]:8.2f}'
-              f'  {number(cell["speed"], ".2f"):>6}  {number(megabytes, ".0f"):>7}  {number(cell["memory"], ".2f"):>6}'
+              f'  {number(cell["speed"], ".2f"):>6}  {number(mebibytes, ".0f"):>8}  {number(cell["memory"], ".2f"):>6}'
               f'  {number(cell["matmul_fraction"], ".0%"):>9}')
     differences = [cell['max_difference'] for cell in report['cells'] if cell['max_difference'] is not None]
     if differences:
@@ -504,7 +511,7 @@ def plot(report: Dict[str, Any], path: str) -> None:
             lines.setdefault(f'{cell["model"]}\n{cell["kind"]}', []).append(cell)
     panels = [('seconds per image', lambda cell: 1 / cell['images_per_s'])]
     if any(cell['peak_bytes'] for cell in report['cells']):
-        panels.append(('peak memory above rest, MB', lambda cell: (cell['peak_bytes'] or math.nan) / 2 ** 20))
+        panels.append(('peak memory above rest, MiB', lambda cell: (cell['peak_bytes'] or math.nan) / 2 ** 20))
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout='constrained')
     for axis, (title, value) in zip(axes[0], panels, strict=True):
         for label, cells in lines.items():
