@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import warnings
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -110,7 +109,6 @@ class FileServer:
     def __init__(self):
         self.files, self.hits = {}, []
         self.cut_next = 0  # how many replies to break off in the middle
-        self.ignore_range = False
         self.delay = 0.  # seconds between pieces of 256 KiB
         outer = self
 
@@ -126,7 +124,7 @@ class FileServer:
                     self.send_error(404)
                     return
                 start = 0
-                if self.headers.get('Range') and not outer.ignore_range:
+                if self.headers.get('Range'):
                     start = int(self.headers['Range'].removeprefix('bytes=').split('-')[0])
                     self.send_response(206)
                     self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
@@ -200,20 +198,21 @@ def test_catalogue_describes_the_models():
 
 def test_lists_tell_the_truth():
     listed = set(timm.list_pretrained('*_ls*'))
-    assert listed == {name for name in catalogue() if name in listed}
+    assert listed <= catalogue().keys()
     assert {*RELEASED, NAME, 'test_cvt_ls.digits'} <= listed
     assert not timm.models.is_model_pretrained('vil_ls_tiny')
     with pytest.raises(RuntimeError, match='No pretrained weights exist for vil_ls_tiny'):
         timm.create_model('vil_ls_tiny', pretrained=True)
 
 
-@pytest.mark.parametrize('name', RELEASED)
-def test_released_configs_are_complete(name):
+@pytest.mark.parametrize('name', [*RELEASED, *timm.list_models('cvt_ls*')])
+def test_configs_are_complete(name):
     cfg = timm.get_pretrained_cfg(name)
-    assert (cfg.crop_pct, cfg.interpolation, cfg.num_classes, cfg.license) == (.875, 'bicubic', 1000, 'mit')
-    assert cfg.mean == (.485, .456, .406) and cfg.std == (.229, .224, .225)
-    assert cfg.origin_url == 'https://github.com/NVIDIA/transformer-ls' and cfg.paper_ids == 'arXiv:2107.02192'
-    assert timm.get_pretrained_cfg(name.split('.')[0]).tag == 'ls_in1k'
+    assert (cfg.crop_pct, cfg.interpolation, cfg.num_classes) == (.875, 'bicubic', 1000)
+    assert cfg.mean == (.485, .456, .406) and cfg.std == (.229, .224, .225) and cfg.paper_ids == 'arXiv:2107.02192'
+    if name in RELEASED:
+        assert cfg.license == 'mit' and cfg.origin_url == 'https://github.com/NVIDIA/transformer-ls'
+        assert timm.get_pretrained_cfg(name.split('.')[0]).tag == 'ls_in1k'
 
 
 def test_digest_is_that_of_the_authors_names_and_shapes():
@@ -241,6 +240,8 @@ def test_shipped_weights(model):
     assert built.keys() == weights.keys() and all(torch.equal(built[key], weights[key]) for key in weights)
     assert path.stat().st_size < 4_000_000 and file_sha256(path) == catalogue()[name]['sha256']
     assert catalogue()[name]['parameters'] < 1_000_000
+    cfg = timm.get_pretrained_cfg(name)
+    assert (cfg.crop_pct, cfg.origin_url) == (1., None)  # trained here, on whole images
 
 
 @pytest.mark.parametrize('model', ['test_vil_ls', 'test_cvt_ls'])
@@ -277,15 +278,13 @@ def test_same_basename_twice(server):
             assert same(from_url(server, path), converted(checkpoint, model)), path
 
 
-@contextmanager
-def published_at(monkeypatch, name, **changes):
-    """Pretend that weights are published elsewhere."""
+def publish_at(monkeypatch, name, **changes):
+    """Pretend that weights are published elsewhere, until the test ends."""
     monkeypatch.setitem(catalogue(), name, {**catalogue()[name], **changes})
     sources = pretrained.published_sources(name)
     cfg = timm.models._registry._model_pretrained_cfgs[name]
     for key in ('file', 'hf_hub_id', 'url'):
         monkeypatch.setattr(cfg, key, sources.get(key))
-    yield
 
 
 @pytest.mark.slow
@@ -295,8 +294,7 @@ def test_released_models_in_a_row(server, monkeypatch, caches):
     for seed, name in enumerate(('vil_ls_medium.ls_in1k', 'vil_ls_medium_384.ls_in1k')):
         checkpoints[name] = released_checkpoint(timm.create_model(name), seed)
         server.files[f'/{seed}/model_best.pth'] = file_bytes(checkpoints[name])
-        with published_at(monkeypatch, name, url=server.url(f'/{seed}/model_best.pth')):
-            pass
+        publish_at(monkeypatch, name, url=server.url(f'/{seed}/model_best.pth'))
     for _ in range(2):
         for name, checkpoint in checkpoints.items():
             model = timm.create_model(name, pretrained=True)
@@ -308,7 +306,7 @@ def test_released_models_in_a_row(server, monkeypatch, caches):
 
 def test_timm_cannot_cache_released_files_by_basename():
     model = timm.create_model('vil_ls_medium', device='meta')
-    with pytest.raises((AttributeError, TypeError, ValueError)):
+    with pytest.raises(AttributeError, match="'tuple' object has no attribute 'decode'"):  # its URL is a pair
         timm.models.load_pretrained(model, timm.get_pretrained_cfg('vil_ls_medium').to_dict())
 
 
@@ -323,12 +321,16 @@ def test_named_source_is_the_only_one(server, tmp_path):
     assert 'shipped_weights' not in str(error.value) and 'pretrained_cfg_overlay' in str(error.value)
 
 
-def test_file_and_state_dict_as_timm_does(tmp_path):
+def test_file_and_state_dict_as_timm_does(server, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='No checkpoint file at .*nowhere.pth'):
         timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'nowhere.pth')))
     weights = {name: value + 1 for name, value in shipped().items()}
     overlay = dict(state_dict=weights)
+    publish_at(monkeypatch, NAME, file=None, sha256=None, url=server.url('/model_best.pth'))
     assert same(timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay), weights)
+    assert not server.hits
+    own_format = dict(file=str(tmp_path / 'weights.npz'), custom_load=True)  # the model reads it, not we
+    assert pretrained.find_weights(MODEL, own_format, checkpoint_filter_fn) is None
 
 
 def test_broken_connection_is_taken_up_again(server, caches):
@@ -357,36 +359,35 @@ def test_wrong_checksum(server, monkeypatch, caches):
     checkpoint = released_checkpoint(timm.create_model(MODEL), 0)
     server.files['/model_best.pth'] = file_bytes(checkpoint)
     source = dict(file=None, url=server.url('/model_best.pth'), sha256=None)
-    with published_at(monkeypatch, NAME, **source, url_sha256='0' * 64):
-        with pytest.raises(RuntimeError, match='The checksum of .* expected 0000'):
-            timm.create_model(MODEL, pretrained=True)
-        assert not list(caches.glob('*.pth')) and not list(caches.glob('*.safetensors'))
-    with published_at(monkeypatch, NAME, **source, url_sha256=None):
-        model = timm.create_model(MODEL, pretrained=True)
-        assert same(model, converted(checkpoint, model))
-    sha256 = file_sha256(next(caches.glob('*.safetensors')))
-    with published_at(monkeypatch, NAME, **{**source, 'sha256': sha256}):
+    publish_at(monkeypatch, NAME, **source, url_sha256='0' * 64)
+    with pytest.raises(RuntimeError, match='The checksum of .* expected 0000'):
         timm.create_model(MODEL, pretrained=True)
-        assert len(server.hits) == 2
-    with published_at(monkeypatch, NAME, **{**source, 'sha256': '0' * 64}):
-        with pytest.raises(RuntimeError, match='not the file that the catalogue describes'):
-            timm.create_model(MODEL, pretrained=True)
+    assert not list(caches.glob('*.pth')) and not list(caches.glob('*.safetensors'))
+    publish_at(monkeypatch, NAME, **source, url_sha256=None)
+    model = timm.create_model(MODEL, pretrained=True)
+    assert same(model, converted(checkpoint, model))
+    publish_at(monkeypatch, NAME, **{**source, 'sha256': file_sha256(next(caches.glob('*.safetensors')))})
+    timm.create_model(MODEL, pretrained=True)
+    assert len(server.hits) == 2
+    publish_at(monkeypatch, NAME, **{**source, 'sha256': '0' * 64})
+    with pytest.raises(RuntimeError, match='not the file that the catalogue describes'):
+        timm.create_model(MODEL, pretrained=True)
 
 
 @pytest.mark.parametrize('damage', ['cut', 'zeros', 'other'])
 def test_damaged_cache_is_made_again(server, caches, monkeypatch, damage):
     checkpoint = released_checkpoint(timm.create_model(MODEL), 0)
     server.files['/model_best.pth'] = file_bytes(checkpoint)
-    with published_at(monkeypatch, NAME, file=None, sha256=None, url=server.url('/model_best.pth')):
-        timm.create_model(MODEL, pretrained=True)
-        cached = next(caches.glob('*.safetensors'))
-        content = cached.read_bytes()
-        if damage == 'other':
-            save_file({'head.weight': torch.zeros(3)}, cached)
-        else:
-            cached.write_bytes(content[:-7] if damage == 'cut' else bytes(len(content)))
-        model = timm.create_model(MODEL, pretrained=True)
-        assert same(model, converted(checkpoint, model)) and cached.read_bytes() == content and len(server.hits) == 1
+    publish_at(monkeypatch, NAME, file=None, sha256=None, url=server.url('/model_best.pth'))
+    timm.create_model(MODEL, pretrained=True)
+    cached = next(caches.glob('*.safetensors'))
+    content = cached.read_bytes()
+    if damage == 'other':
+        save_file({'head.weight': torch.zeros(3)}, cached)
+    else:
+        cached.write_bytes(content[:-7] if damage == 'cut' else bytes(len(content)))
+    model = timm.create_model(MODEL, pretrained=True)
+    assert same(model, converted(checkpoint, model)) and cached.read_bytes() == content and len(server.hits) == 1
 
 
 def test_offline(server, monkeypatch):
@@ -630,9 +631,7 @@ def test_mutated_files_fail_cleanly(tmp_path, suffix, count):
     model.pretrained_cfg = dict(classifier='head', first_conv='stages.0.embed.proj')
     path = tmp_path / f'file{suffix}'
     if suffix == '.pth':
-        checkpoint = released_checkpoint(model, 0)
-        checkpoint['net'] = {name: value for name, value in checkpoint['net'].items()}
-        torch.save(checkpoint, path)
+        torch.save(released_checkpoint(model, 0), path)
     else:
         save_file(model.state_dict(), path)
     content = path.read_bytes()
@@ -678,6 +677,14 @@ def test_weights_that_do_not_fit(server, tmp_path, damage, through, num_classes)
         timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes)
 
 
+@pytest.mark.parametrize('change', [torch.Tensor.to_sparse, torch.Tensor.long])
+def test_only_dense_floats_are_converted(change):
+    weights = {**shipped(), 'head.weight': change(shipped()['head.weight'])}
+    cfg = timm.get_pretrained_cfg(NAME).to_dict()
+    with pytest.raises(RuntimeError, match='head.weight is .*: expected dense torch.float32'):
+        pretrained.convert_checkpoint(weights, MODEL, cfg, checkpoint_filter_fn)
+
+
 def test_nan_gives_a_warning_that_names_the_tensor(tmp_path):
     weights = {**shipped(), 'stages.0.blocks.0.norm1.weight': torch.full((32,), float('nan'))}
     save_file(weights, tmp_path / 'model.safetensors')
@@ -707,7 +714,7 @@ def changed(model: torch.nn.Module, reference: dict) -> set:
             if name not in own or name not in reference or not torch.equal(own[name], reference[name])}
 
 
-TABLES = {name for name in ('stages.2.blocks.0', 'stages.2.blocks.1', 'stages.3.blocks.0')}
+TABLES = {f'{block}.attn.rel_pos.table' for block in ('stages.2.blocks.0', 'stages.2.blocks.1', 'stages.3.blocks.0')}
 
 
 @pytest.mark.parametrize('kwargs, expected', [
@@ -716,8 +723,8 @@ TABLES = {name for name in ('stages.2.blocks.0', 'stages.2.blocks.1', 'stages.3.
     (dict(in_chans=4), {'stages.0.embed.proj.weight'}),
     (dict(num_classes=7), {'head.weight', 'head.bias'}),
     (dict(num_classes=0), {'head.weight', 'head.bias'}),
-    (dict(img_size=384), {f'{block}.attn.rel_pos.table' for block in TABLES}),
-    (dict(img_size=(320, 512)), {f'{block}.attn.rel_pos.table' for block in TABLES}),
+    (dict(img_size=384), TABLES),
+    (dict(img_size=(320, 512)), TABLES),
     (dict(drop_path_rate=.2, global_pool='max'), set()),
 ], ids=lambda value: str(sorted(value) if isinstance(value, set) else value))
 def test_adapts_what_it_should_and_nothing_else(kwargs, expected):
