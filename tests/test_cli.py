@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 
+import timm_ls.__main__
 from timm_ls.__main__ import main, open_image, principal_colours, timm_ls_models
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +57,17 @@ def test_sixteen_bits(tmp_path):
     Image.fromarray(grey).save(tmp_path / 'grey.png')
     _, picture = open_image(str(tmp_path / 'grey.png'))
     np.testing.assert_array_equal(np.asarray(picture), np.broadcast_to((grey // 256)[..., None], (256, 256, 3)))
+
+
+def test_photo_is_shown_as_the_model_sees_it(tmp_path, monkeypatch):
+    """At a size that was asked for, the whole photo, edges included, in its own colours."""
+    drawn = []
+    monkeypatch.setattr(timm_ls.__main__, 'draw', lambda rows, *args: drawn.extend(rows))
+    photo = Image.fromarray(np.random.default_rng(0).integers(256, size=(128, 192, 3), dtype=np.uint8))
+    photo.save(tmp_path / 'photo.png')
+    main([str(tmp_path / 'photo.png'), '--model', 'vil_ls_tiny', '--img-size', '64', '96'])
+    expected = np.asarray(photo.resize((96, 64), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(drawn[0][1].permute(1, 2, 0), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize('arguments, message', [

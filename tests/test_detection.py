@@ -129,6 +129,13 @@ def test_anchors_grow_with_the_strides(constructor, name, sizes):
         assert small.roi_heads.box_roi_pool.canonical_scale == 56
 
 
+def test_pooling_of_boxes():
+    """As torchvision's: 7 x 7 for boxes, 14 x 14 for masks, 2 x 2 samples for each."""
+    heads = create(maskrcnn_fpn).roi_heads
+    assert (heads.box_roi_pool.output_size, heads.box_roi_pool.sampling_ratio) == ((7, 7), 2)
+    assert (heads.mask_roi_pool.output_size, heads.mask_roi_pool.sampling_ratio) == ((14, 14), 2)
+
+
 @pytest.mark.parametrize('constructor', DETECTORS)
 def test_arguments_reach_the_backbone_and_the_detector(constructor):
     model = constructor(
@@ -187,6 +194,13 @@ def test_segmenter(name):
             assert list(out) == ['out'] and out['out'].shape == (1, 3, height, width)
             assert torch.equal(out['out'], segmenter.model(padded)[:, :, :height, :width])
             torch.testing.assert_close(script(x)['out'], out['out'], atol=1e-4, rtol=1e-4)
+
+
+def test_arguments_reach_the_backbone_and_the_segmenter():
+    pytest.importorskip('segmentation_models_pytorch')
+    segmenter = upernet('test_vil_ls', num_classes=3, decoder_channels=16, backbone_kwargs=dict(drop_path_rate=.5))
+    assert segmenter.body.stages_3.blocks[0].drop_path_rate == .5
+    assert segmenter.model.segmentation_head[0].weight.shape[:2] == (3, 16)
 
 
 def test_segmenter_freezes_and_checkpoints():

@@ -12,6 +12,7 @@ from golden_fill import fill, image
 from safetensors.torch import save_file
 
 import timm_ls
+from timm_ls.checkpoint import unwrap_state_dict
 from timm_ls.complexity import count_macs, count_parameters
 from timm_ls.vil_ls import RELEASED_ATTENTION_NAMES, RELEASED_MLP_NAMES, RELEASED_STAGE_NAMES, rename_released
 
@@ -102,6 +103,12 @@ def test_macs(name, size, gmacs):
     assert count_macs(timm.create_model(name, device='meta'), size) / 1e9 == pytest.approx(gmacs, rel=.01)
 
 
+def test_macs_of_other_channels():
+    """Three channels more cost three more in the first convolution: 4 x 4 pixels to 32 channels, 24 x 24 times."""
+    one, four = (count_macs(timm.create_model('test_vil_ls', in_chans=n, device='meta'), 96) for n in (1, 4))
+    assert four - one == 3 * 4 * 4 * 32 * 24 * 24
+
+
 def test_hires_macs_are_linear():
     """Four times the pixels cost four times as much, and more with full attention."""
     hires, full = (timm.create_model(name, device='meta') for name in ('vil_ls_tiny_hires', 'vil_ls_tiny'))
@@ -151,6 +158,14 @@ def test_checkpoint_forms(tmp_path, tiny_checkpoint, form):
         weights = model.state_dict()
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_unwrapped_weights():
+    """As timm does: averaged weights rather than raw ones, and names without the prefixes of wrappers."""
+    raw, averaged = {'w': torch.zeros(1)}, {'w': torch.ones(1)}
+    for key in ('state_dict', 'model'):
+        assert unwrap_state_dict({key: raw, f'{key}_ema': averaged}) == averaged
+    assert unwrap_state_dict({'_orig_mod.module.w': raw['w']}) == raw
 
 
 def test_bias_tables_follow_the_grid(tiny_checkpoint):

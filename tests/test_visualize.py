@@ -210,6 +210,8 @@ def test_figures():
     assert figure.axes[5].get_title() == 'head 1, landmark 1'
     figure = plot_query(image, attention, maps, (3, 2))
     assert (figure.axes[3].images[1].get_array() == attention.window[1].numpy()).all()
+    far = attention.over_map(maps)[1] - attention.window[1]
+    assert (figure.axes[4].images[1].get_array() == far.numpy()).all()
     assert figure.axes[3].lines[0].get_xydata().tolist() == [[2.5 * 48 / 6, 3.5 * 64 / 8]]
     shares = [bar.get_height() for bar in figure.axes[5].patches]
     assert shares == pytest.approx([part[1].sum().item() for part in attention])

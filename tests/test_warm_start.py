@@ -63,6 +63,7 @@ def test_cvt_ls_from_cvt(tmp_path):
     assert report.unused == ('stage2.cls_token',)
     assert set(report.taken) | set(report.adapted) | set(report.fresh) == set(before)
     assert len(report.taken) + len(report.adapted) + len(report.fresh) == len(before)
+    assert report.num_taken + report.num_fresh == sum(value.numel() for value in before.values())
     assert {name.split('.attn.')[1].split('.')[0] for name in report.fresh} == {
         'norm_kv', 'dynamic_projection', 'norm_landmarks'}
     for name in report.fresh:
@@ -83,6 +84,14 @@ def test_cvt_ls_from_cvt(tmp_path):
     assert warm_start(same, hugging_face_names(weights)).unused == ('cvt.encoder.stages.2.cls_token',)
     for name in (*report.taken, *report.adapted):
         assert torch.equal(same.state_dict()[name], after[name]) or name.endswith('num_batches_tracked'), name
+
+
+def test_cvt_ls_with_the_logits_of_cvt():
+    """Queries are scaled for another scale of logits only: divided by sqrt(channels), as in CvT, they are taken."""
+    model = timm.create_model('cvt_ls_13', attn_scale='dim')
+    assert not warm_start(model, golden_weights()).adapted
+    queries = model.stages[1].blocks[1].attn.conv_qkv.q.weight
+    assert torch.equal(queries, golden_weights()['stage1.blocks.1.attn.proj_q.weight'])
 
 
 def test_cvt_ls_from_cvt_with_other_classes():
