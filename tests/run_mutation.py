@@ -42,10 +42,13 @@ LOADING_TESTS = ('tests/test_warm_start.py', 'tests/test_vil_ls.py tests/test_pr
 GROUPS = (
     (ATTENTION_TESTS, {'window.py': 14, 'rel_pos.py': 12, 'window_attention.py': 26, 'attention.py': 16}),
     (MODEL_TESTS, {'backbone.py': 4, 'vil_ls.py': 2, 'cvt_ls.py': 3, 'complexity.py': 1}),
-    (LOADING_TESTS, {'checkpoint.py': 1, 'warm_start.py': 1}),
+    (LOADING_TESTS, {'checkpoint.py': 1, 'warm_start.py': 2, 'pretrained.py': 4}),
     (('tests/test_streaming.py',), {'streaming.py': 5}),
     (('tests/test_visualize.py',), {'visualize.py': 5}),
-    (('tests/test_pyramid.py', 'tests/test_detection.py'), {'pyramid.py': 4, 'segmentation.py': 1}),
+    (('tests/test_pyramid.py', 'tests/test_detection.py'), {'pyramid.py': 4, 'segmentation.py': 1, 'detection.py': 3}),
+    (('tests/test_linear.py',), {'linear.py': 4}),
+    (('tests/test_precision.py',), {'precision.py': 3}),
+    (('tests/test_cli.py', 'tests/test_benchmark.py'), {'__main__.py': 3, 'cli.py': 1, 'benchmark.py': 5}),
 )
 
 

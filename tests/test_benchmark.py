@@ -265,7 +265,7 @@ def test_reference(tmp_path, capsys):
     (['--reference', 'nowhere'], "no models/msvit.py in 'nowhere': expected the authors' imagenet/ folder"),
     (['--baseline', 'resnet50'], "baseline 'resnet50' is not compared; compared are vil_ls_small_hires, swin_tiny"),
     (['--json', 'no/such/folder.json'], "no folder to write 'no/such/folder.json' to"),
-    (['--device', 'nonsense'], "device 'nonsense' is not available here"),
+    (['--device', 'nonsense'], "--device: 'nonsense' is not available here"),
 ])
 def test_usage_errors(arguments, message, capsys):
     """Wrong arguments: the reason, before anything is measured."""

@@ -73,7 +73,6 @@ def test_photo_is_shown_as_the_model_sees_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize('arguments, message', [
     (['nothing.jpg'], 'Could not read nothing.jpg as an image'),
     (['--checkpoint', 'nothing.pth', '--model', 'vil_ls_tiny'], 'No checkpoint file at nothing.pth'),
-    (['--device', 'nonsense'], "Device 'nonsense' is not available here"),
     (['--model', 'vil_ls_tiny', '--img-size', '16'], 'at least 32 x 32 pixels, got 16 x 16'),
     (['--model', 'vil_ls_tiny', '--pretrained'], 'No pretrained weights exist for vil_ls_tiny'),
     (['run'], 'Usage: python -m timm_ls run SCRIPT.py'),
@@ -89,8 +88,9 @@ def test_errors_are_one_line(arguments, message):
     (['--model', 'vil_ls_huge'], "unknown model 'vil_ls_huge'; ours: .*vil_ls_medium"),
     (['--img-size', '1', '2', '3'], r'got \[1, 2, 3\]'),
     (['--img-size', '0'], r'in pixels, got \[0\]'),
-    (['--out', 'no/such/x.png'], 'there is no folder no/such'),
-    (['--out', 'x.foo'], 'ends with .png, .* got x.foo'),
+    (['--device', 'nonsense'], "--device: 'nonsense' is not available here"),
+    (['--out', 'no/such/x.png'], "--out: no folder to write 'no/such/x.png' to"),
+    (['--out', 'x.foo'], "ends with .png, .* got 'x.foo'"),
 ])
 def test_usage_errors(arguments, message, capsys):
     """Wrong arguments: usage and the reason."""

@@ -8,7 +8,7 @@ from small_models import perturbed
 import timm_ls
 from timm_ls import attention_implementation
 from timm_ls.cvt_ls import ConvGlobalAttention2d
-from timm_ls.streaming import image_groups, row_pieces, takes_pieces
+from timm_ls.streaming import image_groups, may_go_by_pieces, row_pieces
 
 VARIANTS = {
     'vil_ls_tiny': {},
@@ -75,14 +75,14 @@ def test_layers_see_pieces(monkeypatch, variant):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_every_attention_takes_pieces(monkeypatch, variant):
+def test_every_attention_goes_by_pieces(monkeypatch, variant):
     """But for full attention with projections by convolutions, which only plain CvT has."""
     pieces_of(monkeypatch, 1)
     with torch.no_grad():
         for stage in build(variant).stages:
             for block in stage.blocks:
                 x = torch.randn(1, 6, 6, len(block.norm1.weight), dtype=torch.float64)
-                assert block.takes_pieces(x) == (not isinstance(block.attn, ConvGlobalAttention2d))
+                assert block.goes_by_pieces(x) == (not isinstance(block.attn, ConvGlobalAttention2d))
 
 
 def test_who_sees_the_whole(monkeypatch):
@@ -90,29 +90,29 @@ def test_who_sees_the_whole(monkeypatch):
     pieces_of(monkeypatch, 1)
     model = build('vil_ls_tiny')
     block, x = model.stages[0].blocks[0], torch.randn(1, 6, 6, 12, dtype=torch.float64)
-    assert not block.takes_pieces(x)  # grad mode
+    assert not block.goes_by_pieces(x)  # grad mode
     with torch.no_grad():
-        assert block.takes_pieces(x)
+        assert block.goes_by_pieces(x)
         with attention_implementation('tiled'):
-            assert not block.takes_pieces(x)
+            assert not block.goes_by_pieces(x)
         block.train()
-        assert not block.takes_pieces(x)
+        assert not block.goes_by_pieces(x)
         block.eval()
         block.attn.fused_attn = False
-        assert not block.takes_pieces(x)
+        assert not block.goes_by_pieces(x)
         block.attn.fused_attn = True
         handle = block.register_forward_hook(lambda *a: None)  # of the block itself: sees the whole anyway
-        assert block.takes_pieces(x)
+        assert block.goes_by_pieces(x)
         handle.remove()
         for layer in (block.attn, block.attn.qkv, block.mlp.fc1):
             for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
                 shapes = []
                 handle = register(lambda module, args, out=None, to=shapes: to.append(args[0].shape))
-                assert not takes_pieces(block, x)
+                assert not may_go_by_pieces(block, x)
                 block(x, torch.zeros(1, 1, 12, dtype=torch.float64))
                 assert x.shape[:3] in [shape[:3] for shape in shapes]
                 handle.remove()
-        assert block.takes_pieces(x)
+        assert block.goes_by_pieces(x)
 
 
 def test_small_maps_stay_whole():
@@ -120,8 +120,8 @@ def test_small_maps_stay_whole():
     block = build('vil_ls_tiny', torch.float32).stages[0].blocks[0]
     with torch.no_grad():
         limit = timm_ls.streaming.CPU_PIECE_BYTES // 4 // 12
-        assert not block.takes_pieces(torch.empty(1, 1, limit, 12))
-        assert block.takes_pieces(torch.empty(1, 1, limit + 1, 12))
+        assert not block.goes_by_pieces(torch.empty(1, 1, limit, 12))
+        assert block.goes_by_pieces(torch.empty(1, 1, limit + 1, 12))
 
 
 def test_cuts(monkeypatch):

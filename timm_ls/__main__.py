@@ -10,7 +10,6 @@ import runpy
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import timm
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 from .checkpoint import load_checkpoint
+from .cli import available_device, import_matplotlib, output_file, synchronize
 from .complexity import count_macs, count_parameters
 
 __all__ = ['main']
@@ -76,29 +76,22 @@ def show_pyramid(argv: Sequence[str]) -> None:
     parser.add_argument('--model', default='vil_ls_medium', help='model name (default: %(default)s)')
     parser.add_argument('--img-size', nargs='+', type=int, metavar='PIXELS',
                         help='side, or height and width, after the images (default: the native size of the model)')
-    parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
+    parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
     parser.add_argument('--checkpoint', metavar='FILE', help="weights: the authors' .pth, our own, or safetensors")
     parser.add_argument('--pretrained', action='store_true', help='load the published weights of the model')
     parser.add_argument(
-        '--out', default='pyramid.png', metavar='PICTURE', help='picture to write (default: %(default)s)')
+        '--out', default='pyramid.png', type=output_file, metavar='PICTURE',
+        help='picture to write (default: %(default)s)')
     args = parser.parse_args(argv)
     if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'unknown model {args.model!r}; ours: {", ".join(timm_ls_models())}')
     if args.img_size is not None and (len(args.img_size) > 2 or min(args.img_size) < 1):
         parser.error(f'--img-size takes a side or a height and a width in pixels, got {args.img_size}')
-    out = Path(args.out)
-    if not out.parent.is_dir():
-        parser.error(f'--out: there is no folder {out.parent}')
-    if out.suffix.lower() not in PICTURE_TYPES:
-        parser.error(f'--out: expected a name that ends with {", ".join(PICTURE_TYPES)}, got {out.name}')
+    if Path(args.out).suffix.lower() not in PICTURE_TYPES:
+        parser.error(f'--out takes a name that ends with {", ".join(PICTURE_TYPES)}, got {args.out!r}')
 
     images = [open_image(path) for path in args.images or [sample_photo()]]
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f'Device {args.device!r} is not available here: {error}') from error
-
+    device = torch.device(args.device)
     try:
         model: Any = timm.create_model(args.model, pretrained=args.pretrained)
         if args.checkpoint:
@@ -150,24 +143,9 @@ def open_image(path: str) -> Tuple[str, Image.Image]:
         raise SystemExit(f'Could not read {path} as an image: {error}') from error
 
 
-def import_matplotlib() -> ModuleType:
-    """matplotlib, for the drawing and the sample photo; exits with what to install if it is missing."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("Drawing needs matplotlib: pip install 'timm-ls[demo]'.") from error
-    return matplotlib
-
-
 def sample_photo() -> str:
     """A photo to start with: the portrait of Grace Hopper that matplotlib ships."""
     return str(Path(import_matplotlib().get_data_path()) / 'sample_data' / 'grace_hopper.jpg')
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize()
 
 
 def print_classes(logits: torch.Tensor, has_weights: bool) -> None:

@@ -12,7 +12,8 @@ from timm.models import checkpoint
 
 from .rel_pos import RelPosBias2d, grid_bias, position_bias
 from .streaming import Finish, Tokenwise, image_groups, row_pieces
-from .window import halo_width, is_traced, is_tracing_shapes
+from .tracing import is_traced, is_tracing_shapes
+from .window import halo_width
 from .window_attention import attend, attend_rows, softmax, window_attention
 
 __all__ = ['GlobalAttention2d', 'LongShortAttention2d']
@@ -134,7 +135,7 @@ class LongShortAttention2d(nn.Module):
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
-    takes_pieces: Final[bool] = True  # has `forward_by_pieces`
+    has_pieces: Final[bool] = True  # has `forward_by_pieces`
 
     fused_attn: Final[bool]
     num_heads: Final[int]
@@ -219,14 +220,14 @@ class LongShortAttention2d(nn.Module):
         weights: Optional[torch.Tensor] = None
         if self.rank > 0:
             weights = self.dynamic_projection(x)
-        extra_kv, parts = self.extra_keys(weights, kv, global_qkv)
+        extra_kv = self.extra_keys(weights, kv, global_qkv)
         dropout_p = self.attn_drop.p if self.training else 0.
         out = window_attention(
             q, kv, extra_kv, self.window_bias(), self.window_size, self.num_heads, dropout_p, self.fused_attn)
         x = self.proj_drop(self.proj(out))
         if global_qkv is None:
             return x, None
-        parts.append(self.attend_global(global_qkv, out, kv))
+        parts = [self.attend_among_global(global_qkv), self.attend_global(global_qkv, out, kv)]
         return x, self.proj_drop(self.proj(self.merge_global(parts)))
 
     @torch.jit.unused
@@ -274,7 +275,8 @@ class LongShortAttention2d(nn.Module):
                         weights = logits.new_empty(maps.shape[:3] + logits.shape[3:])
                     weights[:, rows] = logits
                 del tokens, q_rows, kv_rows  # before the next piece has its own
-            extra_kv, parts = self.extra_keys(weights if self.rank > 0 else None, kv, global_qkv)
+            extra_kv = self.extra_keys(weights if self.rank > 0 else None, kv, global_qkv)
+            parts = [] if global_qkv is None else [self.attend_among_global(global_qkv)]
             del weights
             extra_kv, bias = extra_kv.to(kv.dtype), self.window_bias()
             bias = None if bias is None else bias.to(kv.dtype)
@@ -306,8 +308,8 @@ class LongShortAttention2d(nn.Module):
             weights: Optional[torch.Tensor],
             kv: torch.Tensor,
             global_qkv: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, List[Tuple[torch.Tensor, torch.Tensor]]]:
-        """What all queries of an image see besides their windows: landmarks, then global tokens.
+    ) -> torch.Tensor:
+        """Keys and values that all queries of an image see besides their windows: landmarks, then global tokens.
 
         Args:
             weights: Logits of the dynamic projection, [B, H, W, num_heads * rank]; None without landmarks.
@@ -315,18 +317,12 @@ class LongShortAttention2d(nn.Module):
             global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C]; None without.
 
         Returns:
-            Their keys and values, [B, rank + g, 2, C], and a list with the global tokens' attention to themselves, if
-            there are any: the first part for `merge_global`.
+            [B, rank + g, 2, C].
         """
-        parts: List[Tuple[torch.Tensor, torch.Tensor]] = []
-        extra_kv = kv[:, :0, 0]  # [B, 0, 2, C]
-        if weights is not None:
-            extra_kv = self.landmarks(weights, kv)
+        extra_kv = kv[:, :0, 0] if weights is None else self.landmarks(weights, kv)
         if global_qkv is not None:
-            global_q, global_kv = self.split(global_qkv)
-            extra_kv = torch.cat([extra_kv, global_kv], dim=1)
-            parts.append(attend_part(global_q, global_kv[:, :, 0], global_kv[:, :, 1], self.num_heads))
-        return extra_kv, parts
+            extra_kv = torch.cat([extra_kv, self.split(global_qkv)[1]], dim=1)
+        return extra_kv
 
     def window_bias(self) -> Optional[torch.Tensor]:
         """Bias of the halo logits, [num_heads, w, w, w + 2p, w + 2p]."""
@@ -339,6 +335,15 @@ class LongShortAttention2d(nn.Module):
         """Distil keys and values [B, H, W, 2, C] into [B, rank, 2, C] by the dynamic projection's logits."""
         weights = softmax(weights.flatten(1, 2).transpose(1, 2), dim=2)  # torch is slow along other dimensions
         return self.norm_landmarks(sum_per_head(weights, kv.flatten(1, 2), self.num_heads))
+
+    def attend_among_global(self, global_qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """A part for `merge_global`: what global tokens get from each other.
+
+        Args:
+            global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C].
+        """
+        q, kv = self.split(global_qkv)
+        return attend_part(q, kv[:, :, 0], kv[:, :, 1], self.num_heads)
 
     def attend_global(
             self,
@@ -383,7 +388,7 @@ class GlobalAttention2d(nn.Module):
     Raises:
         ValueError: `dim` is not divisible by `num_heads`, or `num_global_tokens` is negative.
     """
-    takes_pieces: Final[bool] = True  # has `forward_by_pieces`
+    has_pieces: Final[bool] = True  # has `forward_by_pieces`
 
     fused_attn: Final[bool]
     num_global_tokens: Final[int]

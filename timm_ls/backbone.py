@@ -25,8 +25,8 @@ from timm.models._input import update_model_input_size
 from .attention import GlobalAttention2d
 from .checkpoint import check_state_dict
 from .linear import linear_mode
-from .streaming import row_pieces, takes_pieces
-from .window import ceil_div, is_tracing_shapes
+from .streaming import may_go_by_pieces, row_pieces
+from .tracing import ceil_div, is_tracing_shapes
 from .window_attention import is_automatic
 
 __all__ = [
@@ -74,7 +74,7 @@ class Block(nn.Module):
 
     Args:
         dim: Channels.
-        attn: Attention layer, from (map, global tokens) to the same; with `takes_pieces`, by pieces in inference.
+        attn: Attention layer, from (map, global tokens) to the same; with `has_pieces`, by pieces in inference.
         mlp_ratio: MLP width over `dim`.
         proj_drop: Dropout probability in the MLP.
         drop_path: Probability of skipping each of the two branches, for an image as a whole.
@@ -123,7 +123,7 @@ class Block(nn.Module):
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """`forward`, linear layers as torch or `linear_mode` computes them."""
         norm_tokens = self.norm1(global_tokens) if global_tokens is not None else None
-        if not torch.jit.is_scripting() and self.takes_pieces(x):
+        if not torch.jit.is_scripting() and self.goes_by_pieces(x):
             x, d_tokens = self.attn.forward_by_pieces(x, norm_tokens, self.norm1, self.finish)
             if global_tokens is not None:
                 global_tokens = self.finish(global_tokens, d_tokens)
@@ -134,10 +134,10 @@ class Block(nn.Module):
         return self.add(x, self.mlp(self.norm2(x)), global_tokens, d_tokens)
 
     @torch.jit.unused
-    def takes_pieces(self, x: torch.Tensor) -> bool:
+    def goes_by_pieces(self, x: torch.Tensor) -> bool:
         """Whether to go by pieces of the map: in inference, unless timm or the user chose how attention is computed."""
         attn: Any = self.attn
-        return getattr(attn, 'takes_pieces', False) and attn.fused_attn and is_automatic() and takes_pieces(self, x)
+        return getattr(attn, 'has_pieces', False) and attn.fused_attn and is_automatic() and may_go_by_pieces(self, x)
 
     @torch.jit.unused
     def finish(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .__main__ import import_matplotlib, synchronize
+from .cli import available_device, import_matplotlib, output_file, synchronize
 from .complexity import count_macs
 from .linear import OneDnnLinear, linear_implementation
 
@@ -76,7 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         command = [sys.executable, '-m', 'timm_ls.benchmark', *argv]
         raise SystemExit(subprocess.run(command, env={**os.environ, **TUNED_ALLOCATOR}).returncode)
 
-    report = dict(machine=describe_machine(args), baseline=args.baseline, cells=[])
+    report = dict(machine=describe_machine(args.device, args.dtype), baseline=args.baseline, cells=[])
     print(machine_line(report['machine']), flush=True)
     settings = [
         Setting(mode, batch_size, dtype, execution, height, width, args.device, args.reference, linear)
@@ -115,14 +115,14 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['auto'],
                         help="linear layers on a CPU: our models' own choice (auto), torch's (default) or oneDNN's"
                              ' (onednn), the last two for all models (default: auto)')
-    parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
+    parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
     parser.add_argument('--allocator', choices=('default', 'tuned'), default='default',
                         help="tuned: with glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised")
     parser.add_argument('--repeats', type=int, default=5, metavar='N', help='timed turns (default: %(default)s)')
     parser.add_argument('--baseline', metavar='MODEL', help='what ratios refer to (default: the last of all models)')
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
-    parser.add_argument('--json', metavar='FILE', help='write everything measured')
-    parser.add_argument('--plot', metavar='FILE', help='draw time and memory against pixels')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write everything measured')
+    parser.add_argument('--plot', type=output_file, metavar='FILE', help='draw time and memory against pixels')
     args = parser.parse_args(argv)
 
     for name in args.models:
@@ -138,17 +138,10 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     args.baseline = args.baseline or args.models[-1]
     if args.baseline not in args.models:
         parser.error(f'baseline {args.baseline!r} is not compared; compared are {", ".join(args.models)}')
-    for path in filter(None, (args.json, args.plot)):
-        if not Path(path).absolute().parent.is_dir():
-            parser.error(f'no folder to write {path!r} to')
     if args.plot:
         import_matplotlib()
     if args.allocator == 'tuned' and platform.libc_ver()[0] != 'glibc':
         parser.error('--allocator tuned is for glibc, which this system does not use')
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f'device {args.device!r} is not available here: {error}')
     return args
 
 
@@ -442,10 +435,10 @@ def growth(cells: List[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
 
 # Reports
 
-def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
-    """Hardware, versions and what this process was given of them."""
-    if args.device.startswith('cuda'):
-        name = torch.cuda.get_device_name(args.device)
+def describe_machine(device: str, dtypes: Sequence[str] = ()) -> Dict[str, Any]:
+    """Hardware, versions, what this process was given of them, and the rate of matrix products in some types."""
+    if device.startswith('cuda'):
+        name = torch.cuda.get_device_name(device)
     else:
         cpuinfo = Path('/proc/cpuinfo')
         lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -457,7 +450,7 @@ def describe_machine(args: argparse.Namespace) -> Dict[str, Any]:
         allocator={key: value for key, value in os.environ.items() if key.startswith(('MALLOC_', 'LD_PRELOAD'))},
         torch=torch.__version__,
         timm=timm.__version__,
-        matmul_gflops={dtype: matmul_rate(args.device, dtype) for dtype in args.dtype},
+        matmul_gflops={dtype: matmul_rate(device, dtype) for dtype in dtypes},
     )
 
 

@@ -31,7 +31,7 @@ from .backbone import (
 from .checkpoint import unwrap_state_dict
 from .pretrained import build_model, published_sources
 from .rel_pos import resize_tables
-from .window import is_tracing_shapes
+from .tracing import is_tracing_shapes
 
 __all__ = ['CvtLs', 'fuse_conv_bn']
 
@@ -260,7 +260,7 @@ class ConvGlobalAttention2d(GlobalAttention2d):
         ValueError: An argument is out of range; the message names it.
     """
 
-    takes_pieces: Final[bool] = False  # type: ignore[misc]  # strided keys belong to no run of rows
+    has_pieces: Final[bool] = False  # type: ignore[misc]  # strided keys belong to no run of rows
 
     def __init__(
             self,

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from .window import is_traced
+from .tracing import is_traced
 
 __all__ = ['OneDnnLinear', 'linear_implementation', 'linear_mode']
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 
 from .benchmark import describe_machine
+from .cli import available_device, output_file
 
 __all__ = ['main']
 
@@ -56,23 +57,17 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                         help='model names (default: %(default)s)')
     parser.add_argument('--img-size', nargs='+', type=int, default=[224], metavar='PIXELS',
                         help='side, or height and width (default: 224)')
-    parser.add_argument('--device', default='cpu', help='torch device (default: %(default)s)')
-    parser.add_argument('--json', metavar='FILE', help='write everything measured')
+    parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write everything measured')
     args = parser.parse_args(argv)
     for name in args.models:
         if not timm.is_model(name):
             parser.error(f'unknown model {name!r}: python -m timm_ls models lists ours')
     if len(args.img_size) > 2 or min(args.img_size) < 32:
         parser.error(f'--img-size takes a side or a height and a width from 32 pixels, got {args.img_size}')
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f'--json: there is no folder {Path(args.json).parent}')
-    try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f'device {args.device!r} is not available here: {error}')
 
-    machine = describe_machine(argparse.Namespace(device=args.device, dtype=[]))
+    device = torch.device(args.device)
+    machine = describe_machine(args.device)
     print(f'{machine["device"]}, {machine["threads"]} threads, torch {machine["torch"]}, timm {machine["timm"]}')
     rows: List[Row] = []
     for name in args.models:

@@ -8,7 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
-from .window import ceil_div, halo_width, is_traced, is_tracing_shapes
+from .tracing import ceil_div, is_traced, is_tracing_shapes
+from .window import halo_width
 
 __all__ = [
     'RelPosBias2d',

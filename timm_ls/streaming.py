@@ -10,16 +10,16 @@ import torch
 import torch.fx
 import torch.nn as nn
 
-from .window import ceil_div, is_traced
+from .tracing import ceil_div, is_traced
 
-__all__ = ['Finish', 'Tokenwise', 'image_groups', 'piece_bytes', 'row_pieces', 'takes_pieces']
+__all__ = ['Finish', 'Tokenwise', 'image_groups', 'may_go_by_pieces', 'piece_bytes', 'row_pieces']
 
 Tokenwise = Callable[[torch.Tensor], torch.Tensor]  # treats tokens one by one
 Finish = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # likewise, from two maps
 
 # Bytes of a map, of gathered keys or of an MLP's hidden layer to take at a time. On a CPU queries, keys and values of a
-# piece stay below the 32 MB from which glibc maps memory anew for every tensor; of 1 to 16 MB, fewer were slower and
-# more no faster beyond the noise. Elsewhere a piece has to keep a large device busy.
+# piece stay below the 32 MB from which glibc maps memory anew for every tensor; fewer bytes make more calls, more are
+# no faster. Elsewhere a piece has to keep a large device busy.
 CPU_PIECE_BYTES = 8 * 2 ** 20
 PIECE_BYTES = 64 * 2 ** 20
 
@@ -29,7 +29,7 @@ def piece_bytes(x: torch.Tensor) -> int:
     return CPU_PIECE_BYTES if x.device.type == 'cpu' else PIECE_BYTES
 
 
-def takes_pieces(module: nn.Module, x: torch.Tensor) -> bool:
+def may_go_by_pieces(module: nn.Module, x: torch.Tensor) -> bool:
     """Whether a module may see a map [B, H, W, C] by pieces: it is larger than one, and nobody wants to see it whole.
 
     That is whoever needs a gradient, captures a graph, trains, or has put hooks on one of the module's layers.

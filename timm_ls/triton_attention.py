@@ -13,7 +13,8 @@ from typing import Any, Optional, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .window import ceil_div, halo_width
+from .tracing import ceil_div
+from .window import halo_width
 
 try:
     import triton

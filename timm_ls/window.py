@@ -9,36 +9,16 @@ from typing import List, NamedTuple, Tuple
 
 import torch
 
+from .tracing import ceil_div
+
 __all__ = [
     'AxisSpan',
     'axis_spans',
-    'ceil_div',
     'halo_width',
-    'is_traced',
-    'is_tracing_shapes',
     'token_index',
     'window_index',
     'window_view',
 ]
-
-
-def is_tracing_shapes() -> bool:
-    """Whether sizes may stand for other sizes: under compile, export or trace, where Python must not branch on them."""
-    if torch.jit.is_scripting():
-        return False  # a script reads sizes when it runs
-    else:
-        return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_traced() -> bool:
-    """Whether a pass is seen by what knows plain operations only: compile, export, trace, or `torch.func`.
-
-    Then nothing may be written in place, and nothing may have a backward pass of its own.
-    """
-    if torch.jit.is_scripting():
-        return False
-    else:
-        return is_tracing_shapes() or torch._C._are_functorch_transforms_active()
 
 
 def halo_width(window_size: int) -> int:
@@ -119,11 +99,6 @@ def window_view(
     rows = x.narrow(1, row_start, (row_count - 1) * stride + row_size).unfold(1, row_size, stride)
     return rows.narrow(2, col_start, (col_count - 1) * stride + col_size).unfold(2, col_size, stride).permute(
         0, 1, 2, 4, 5, 3)
-
-
-def ceil_div(size: int, divisor: int) -> int:
-    """How many times `divisor` fits into `size`, rounded up, in a form that symbolic sizes simplify."""
-    return (size + divisor - 1) // divisor
 
 
 def window_index(

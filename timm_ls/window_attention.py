@@ -22,17 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from .streaming import piece_bytes
-from .window import (
-    AxisSpan,
-    axis_spans,
-    ceil_div,
-    halo_width,
-    is_traced,
-    is_tracing_shapes,
-    token_index,
-    window_index,
-    window_view,
-)
+from .tracing import ceil_div, is_traced, is_tracing_shapes
+from .window import AxisSpan, axis_spans, halo_width, token_index, window_index, window_view
 
 __all__ = ['attend', 'attend_rows', 'attention_implementation', 'is_automatic', 'softmax', 'window_attention']
 
@@ -489,7 +480,7 @@ def tiled_attention(
 ) -> torch.Tensor:
     """`_TiledAttention` for compiled graphs, whose compiler does not look into it, at any size.
 
-    What inductor made of the masked form took up to seven times eager mode's time on a CPU.
+    Inductor's code for the masked form is several times slower than eager mode on a CPU.
     Eager mode does without the operator: counters and profilers see what is inside.
     """
     return attend_rows(q, kv, extra_kv, bias, window_size, num_heads)
