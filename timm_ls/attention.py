@@ -16,7 +16,7 @@ from .tracing import is_traced, is_tracing_shapes
 from .window import halo_width
 from .window_attention import attend, attend_rows, softmax, window_attention
 
-__all__ = ['GlobalAttention2d', 'LongShortAttention2d']
+__all__ = ['GlobalAttention2d', 'LongShortAttention2d', 'sum_per_head']
 
 # called with sizes that torch.fx does not know
 torch.fx.wrap('attend')
@@ -131,6 +131,8 @@ class LongShortAttention2d(nn.Module):
         global_update: What global tokens attend to: 'outputs' (as released) or 'keys'.
         attn_drop: Dropout probability of attention weights.
         proj_drop: Dropout probability of the output.
+        device: Where to create parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
@@ -384,6 +386,8 @@ class GlobalAttention2d(nn.Module):
         rel_pos_bias: Learn a bias per head and offset, and for the global tokens.
         attn_drop: Dropout probability of attention weights.
         proj_drop: Dropout probability of the output.
+        device: Where to create parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`, or `num_global_tokens` is negative.

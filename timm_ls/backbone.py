@@ -80,6 +80,8 @@ class Block(nn.Module):
         drop_path: Probability of skipping each of the two branches, for an image as a whole.
         norm_layer: From channels to a norm over the last dimension.
         act_layer: Activation of the MLP.
+        device: Where to create parameters.
+        dtype: Their type.
     """
 
     def __init__(
@@ -178,6 +180,8 @@ class Stage(nn.Module):
         return_global_tokens: Give the tokens, global ones first, as a sequence instead of a map; for a last stage
             whose global tokens are pooled.
         pos_drop: Dropout probability after the patch embedding.
+        device: Where to create parameters.
+        dtype: Their type.
     """
 
     def __init__(
@@ -255,6 +259,8 @@ class PyramidTransformer(nn.Module):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         norm_layer: From channels to a norm over the last dimension.
         act_layer: Activation of the MLPs.
+        device: Where to create parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: A stage has an attention that `make_attn` does not know, or the model no such pooling.

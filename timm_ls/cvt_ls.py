@@ -33,7 +33,7 @@ from .pretrained import build_model, published_sources
 from .rel_pos import resize_tables
 from .tracing import is_tracing_shapes
 
-__all__ = ['CvtLs', 'fuse_conv_bn']
+__all__ = ['PLAIN_CVT', 'CvtLs', 'fuse_conv_bn']
 
 torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not know
 
@@ -51,6 +51,8 @@ class ConvEmbed(nn.Module):
         stride: Distance s of neighbouring patches.
         padding: Zeros p added on each side.
         norm_layer: From channels to a norm over the last dimension.
+        device: Where to create parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: `k - 2p` lies outside 1..s: sides of other lengths than ceil(n / s) would result.
@@ -92,6 +94,8 @@ class DepthwiseConvNorm(nn.Module):
         dim: Channels C.
         parts: Convolutions.
         stride: Stride s of the convolutions.
+        device: Where to create parameters.
+        dtype: Their type.
     """
 
     def __init__(
@@ -142,6 +146,8 @@ class ConvQkv(nn.Module):
         bias: Learn a bias in the linear layers.
         kv_stride: Stride s of the convolutions of keys and values; 2 in CvT.
         query_scale: Factor on the queries.
+        device: Where to create parameters.
+        dtype: Their type.
     """
     query_scale: Final[float]
 
@@ -334,6 +340,8 @@ class CvtLs(PyramidTransformer):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         norm_layer: Norm over the last dimension.
         act_layer: Activation of the MLPs.
+        device: Where to create parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: An argument is out of range; the message names it.

@@ -187,6 +187,8 @@ class RelPosBias2d(nn.Module):
         table_size: Offsets along rows and columns: query size + key size - 1 on each axis.
         num_global_tokens: Global tokens, each with a bias for all patches, from all patches, and for each other
             (0 leaves these out).
+        device: Where to create parameters.
+        dtype: Their type.
     """
 
     def __init__(

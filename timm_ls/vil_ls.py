@@ -91,6 +91,8 @@ class VilLs(PyramidTransformer):
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         norm_layer: Norm over the last dimension.
         act_layer: Activation of the MLPs.
+        device: Where to create parameters.
+        dtype: Their type.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
