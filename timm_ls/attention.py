@@ -18,8 +18,9 @@ from .window_attention import attend, attend_rows, softmax, window_attention
 
 __all__ = ['GlobalAttention2d', 'LongShortAttention2d', 'sum_per_head']
 
-# called with sizes that torch.fx does not know
+# called with sizes and devices that torch.fx does not know
 torch.fx.wrap('attend')
+torch.fx.wrap('position_bias')
 torch.fx.wrap('softmax')
 torch.fx.wrap('window_attention')
 
