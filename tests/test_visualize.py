@@ -25,6 +25,7 @@ VARIANTS = {
     'vil_ls_tiny no landmarks': dict(rank=0, rel_pos_bias=False),
     'cvt_ls_13': dict(num_global_tokens=(1, 0, 2)),
     'cvt_ls_13 full': timm_ls.cvt_ls.PLAIN_CVT,
+    'vil_ls_tiny without blocks in a stage': dict(depths=(1, 0, 2, 1)),
 }
 
 

@@ -5,6 +5,8 @@ being looked at pays nothing. Functions take one image and return tensors; `plot
 (`pip install "timm-ls[demo]"`).
 """
 from contextlib import contextmanager
+from itertools import accumulate
+from operator import mul
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -12,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .attention import GlobalAttention2d, LongShortAttention2d, sum_per_head
+from .backbone import Stage
 from .window import halo_width
 from .window_attention import softmax, window_attention
 
@@ -202,13 +205,15 @@ def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: There is more than one image, or no such layer.
     """
+    strides = {name: module.embed.proj.stride[0] for name, module in model.named_modules() if isinstance(module, Stage)}
+    reductions = dict(zip(strides, accumulate(strides.values(), mul)))
     with _looking_at(model):
         calls = _record(model, image)
         relevance = torch.ones_like(calls[-1].x[..., 0])
         stage = _stage(calls[-1])
         for call in reversed(calls):
-            if _stage(call) != stage:
-                relevance = _spread(relevance, model.get_submodule(stage).embed.proj.stride[0], call.x.shape[1:3])
+            if _stage(call) != stage:  # a stage in between may have no blocks
+                relevance = _spread(relevance, reductions[stage] // reductions[_stage(call)], call.x.shape[1:3])
                 stage = _stage(call)
             relevance = (relevance + _hand_back(call, relevance)) / 2
             relevance = relevance / relevance.sum()
