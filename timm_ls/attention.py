@@ -216,21 +216,22 @@ class LongShortAttention2d(nn.Module):
             ValueError: There are other global tokens than `num_global_tokens`.
         """
         check_global_tokens(global_tokens, self.num_global_tokens)
-        global_qkv: Optional[torch.Tensor] = None
+        global_q: Optional[torch.Tensor] = None
+        global_kv: Optional[torch.Tensor] = None
         if global_tokens is not None:
-            global_qkv = self.project_global(global_tokens)
+            global_q, global_kv = self.split(self.project_global(global_tokens))
         q, kv = self.split(self.project(x))
         weights: Optional[torch.Tensor] = None
         if self.rank > 0:
             weights = self.dynamic_projection(x)
-        extra_kv = self.extra_keys(weights, kv, global_qkv)
+        extra_kv = self.extra_keys(weights, kv, global_kv)
         dropout_p = self.attn_drop.p if self.training else 0.
         out = window_attention(
             q, kv, extra_kv, self.window_bias(), self.window_size, self.num_heads, dropout_p, self.fused_attn)
         x = self.proj_drop(self.proj(out))
-        if global_qkv is None:
+        if global_q is None or global_kv is None:
             return x, None
-        parts = [self.attend_among_global(global_qkv), self.attend_global(global_qkv, out, kv)]
+        parts = [self.attend_among_global(global_q, global_kv), self.attend_global(global_q, out, kv)]
         return x, self.proj_drop(self.proj(self.merge_global(parts)))
 
     @torch.jit.unused
@@ -260,7 +261,9 @@ class LongShortAttention2d(nn.Module):
         for images in image_groups(x):
             maps = x[images]
             pieces = row_pieces(maps, self.window_size)
-            global_qkv = None if global_tokens is None else self.project_global(global_tokens[images])
+            global_q = global_kv = None
+            if global_tokens is not None:
+                global_q, global_kv = self.split(self.project_global(global_tokens[images]))
             kv = weights = maps.new_empty(0)
             for rows in pieces:
                 start = max(0, rows.start - self.margin)
@@ -278,18 +281,18 @@ class LongShortAttention2d(nn.Module):
                         weights = logits.new_empty(maps.shape[:3] + logits.shape[3:])
                     weights[:, rows] = logits
                 del tokens, q_rows, kv_rows  # before the next piece has its own
-            extra_kv = self.extra_keys(weights if self.rank > 0 else None, kv, global_qkv)
-            parts = [] if global_qkv is None else [self.attend_among_global(global_qkv)]
+            extra_kv = self.extra_keys(weights if self.rank > 0 else None, kv, global_kv)
+            parts = [] if global_q is None else [self.attend_among_global(global_q, global_kv)]
             del weights
             extra_kv, bias = extra_kv.to(kv.dtype), self.window_bias()
             bias = None if bias is None else bias.to(kv.dtype)
             for rows in pieces:
                 q_rows = out[images, rows].to(kv.dtype)
                 attended = attend_rows(q_rows, kv, extra_kv, bias, self.window_size, self.num_heads, rows.start)
-                if global_qkv is not None:
-                    parts.append(self.attend_global(global_qkv, attended, kv[:, rows]))
+                if global_q is not None:
+                    parts.append(self.attend_global(global_q, attended, kv[:, rows]))
                 out[images, rows] = after(maps[:, rows], self.proj_drop(self.proj(attended)))
-            if global_qkv is not None:
+            if global_q is not None:
                 global_outs.append(self.proj_drop(self.proj(self.merge_global(parts))))
         return out, torch.cat(global_outs) if global_outs else None
 
@@ -310,21 +313,21 @@ class LongShortAttention2d(nn.Module):
             self,
             weights: Optional[torch.Tensor],
             kv: torch.Tensor,
-            global_qkv: Optional[torch.Tensor],
+            global_kv: Optional[torch.Tensor],
     ) -> torch.Tensor:
         """Keys and values that all queries of an image see besides their windows: landmarks, then global tokens.
 
         Args:
             weights: Logits of the dynamic projection, [B, H, W, num_heads * rank]; None without landmarks.
             kv: Keys and values of the map, [B, H, W, 2, C].
-            global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C]; None without.
+            global_kv: Keys and values of the global tokens, [B, g, 2, C]; None without.
 
         Returns:
             [B, rank + g, 2, C].
         """
         extra_kv = kv[:, :0, 0] if weights is None else self.landmarks(weights, kv)
-        if global_qkv is not None:
-            extra_kv = torch.cat([extra_kv, self.split(global_qkv)[1]], dim=1)
+        if global_kv is not None:
+            extra_kv = torch.cat([extra_kv, global_kv], dim=1)
         return extra_kv
 
     def window_bias(self) -> Optional[torch.Tensor]:
@@ -339,31 +342,30 @@ class LongShortAttention2d(nn.Module):
         weights = softmax(weights.flatten(1, 2).transpose(1, 2), dim=2)  # torch is slow along other dimensions
         return self.norm_landmarks(sum_per_head(weights, kv.flatten(1, 2), self.num_heads))
 
-    def attend_among_global(self, global_qkv: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """A part for `merge_global`: what global tokens get from each other.
-
-        Args:
-            global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C].
-        """
-        q, kv = self.split(global_qkv)
-        return attend_part(q, kv[:, :, 0], kv[:, :, 1], self.num_heads)
+    def attend_among_global(
+            self,
+            global_q: torch.Tensor,
+            global_kv: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """A part for `merge_global`: what global tokens, [B, g, C] and [B, g, 2, C], get from each other."""
+        return attend_part(global_q, global_kv[:, :, 0], global_kv[:, :, 1], self.num_heads)
 
     def attend_global(
             self,
-            global_qkv: torch.Tensor,
+            global_q: torch.Tensor,
             out: torch.Tensor,
             kv: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """A part for `merge_global`: what global tokens get from a map, or from some of its rows.
 
         Args:
-            global_qkv: Queries, keys and values of the global tokens, [B, g, 3 * C].
+            global_q: Queries of the global tokens, [B, g, C].
             out: Outputs of the map's tokens, [B, H, W, C].
             kv: Keys and values of the map's tokens, [B, H, W, 2, C].
         """
         keys = out if self.update_from_outputs else kv[..., 0, :]
         values = out if self.update_from_outputs else kv[..., 1, :]
-        return attend_part(global_qkv[..., :self.dim], keys.flatten(1, 2), values.flatten(1, 2), self.num_heads)
+        return attend_part(global_q, keys.flatten(1, 2), values.flatten(1, 2), self.num_heads)
 
     def merge_global(self, parts: List[Tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """One attention of global tokens, [B, g, C], from its parts (`attend_part`)."""

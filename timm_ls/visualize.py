@@ -182,8 +182,8 @@ def _queries_and_keys(call: _Call) -> Tuple[torch.Tensor, torch.Tensor, torch.Te
     layer = call.layer
     q, kv = layer.split(layer.project(call.x))
     logits = layer.dynamic_projection(call.x) if layer.rank > 0 else None
-    global_qkv = layer.project_global(call.global_tokens) if layer.num_global_tokens > 0 else None
-    return q, kv, layer.extra_keys(logits, kv, global_qkv)
+    global_kv = layer.split(layer.project_global(call.global_tokens))[1] if layer.num_global_tokens > 0 else None
+    return q, kv, layer.extra_keys(logits, kv, global_kv)
 
 
 def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
