@@ -65,8 +65,8 @@ def timm_ls_models() -> List[str]:
     return [name for family in ('vil_ls', 'cvt_ls') for name in timm.list_models(f'{family}*', module=family)]
 
 
-def show_pyramid(argv: Sequence[str]) -> None:
-    """Classify images, print each level of the pyramid, and draw it."""
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read and check the arguments of `show_pyramid`, before any work."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls',
         description='Run a model on photos: top-5 classes, the feature pyramid as a table and as a picture.',
@@ -89,7 +89,12 @@ def show_pyramid(argv: Sequence[str]) -> None:
         parser.error(f'--img-size takes a side or a height and a width in pixels, got {args.img_size}')
     if Path(args.out).suffix.lower() not in PICTURE_TYPES:
         parser.error(f'--out takes a name that ends with {", ".join(PICTURE_TYPES)}, got {args.out!r}')
+    return args
 
+
+def show_pyramid(argv: Sequence[str]) -> None:
+    """Classify images, print each level of the pyramid, and draw it."""
+    args = parse_arguments(argv)
     images = [open_image(path) for path in args.images or [sample_photo()]]
     device = torch.device(args.device)
     try:

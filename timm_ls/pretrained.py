@@ -19,7 +19,7 @@ import warnings
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar, Union
 from urllib.parse import urlsplit
 
 import filelock
@@ -160,9 +160,15 @@ def find_weights(
         # the model that a file of the caller's is for may have other options: it sees the file itself, as with `file`
         convert = copy_weights if named else partial(convert_checkpoint, variant=variant, cfg=cfg, filter_fn=filter_fn)
         attempts.append((url, partial(from_url, url, original, converted, convert, entry)))
-    if not attempts:
-        return None
+    return first_that_works(name, attempts) if attempts else None
 
+
+def first_that_works(name: str, attempts: Sequence[Tuple[str, Callable[[], Path]]]) -> Path:
+    """What the first of labelled attempts to get weights returns that does not fail.
+
+    Raises:
+        RuntimeError: All of them failed; the message lists how.
+    """
     failures = []
     for label, attempt in attempts:
         try:
