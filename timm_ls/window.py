@@ -73,32 +73,34 @@ def axis_spans(size: int, window_size: int) -> Tuple[AxisSpan, ...]:
 
 def window_view(
         x: torch.Tensor,
-        row_start: int,
-        row_size: int,
-        row_count: int,
-        col_start: int,
-        col_size: int,
-        col_count: int,
+        images: slice,
+        rows: Tuple[int, int, int],
+        cols: Tuple[int, int, int],
         stride: int,
+        num_heads: int,
 ) -> torch.Tensor:
-    """View equally sized, equally spaced (possibly overlapping) windows of a map, without a copy.
+    """View equally sized, equally spaced (possibly overlapping) windows of maps, by head, without a copy.
+
+    One operation: a chain of slices and permutations would take longer than attention within a few windows.
 
     Args:
-        x: Map, [B, H, W, C].
-        row_start: First row of the first window.
-        row_size: Rows per window.
-        row_count: Windows along the rows.
-        col_start: First column of the first window.
-        col_size: Columns per window.
-        col_count: Windows along the columns.
+        x: Maps, [B, H, W, ..., C].
+        images: Which of the maps, from start to stop.
+        rows: First row of the first window, rows per window (h), windows along the rows (n); all inside the maps.
+        cols: Likewise of columns, w and m.
         stride: Rows or columns from one window to the next.
+        num_heads: Heads that share the C channels.
 
     Returns:
-        A view of `x`, [B, row_count, col_count, row_size, col_size, C].
+        A view of `x`, [..., images, n, m, num_heads, h, w, C / num_heads].
     """
-    rows = x.narrow(1, row_start, (row_count - 1) * stride + row_size).unfold(1, row_size, stride)
-    return rows.narrow(2, col_start, (col_count - 1) * stride + col_size).unfold(2, col_size, stride).permute(
-        0, 1, 2, 4, 5, 3)
+    (top, h, n), (left, w, m) = rows, cols
+    head_dim = x.shape[-1] // num_heads
+    image, row, col, *parts, channel = x.stride()
+    return x.as_strided(
+        (*x.shape[3:-1], images.stop - images.start, n, m, num_heads, h, w, head_dim),
+        (*parts, image, stride * row, stride * col, head_dim * channel, row, col, channel),
+        x.storage_offset() + images.start * image + top * row + left * col)
 
 
 def window_index(

@@ -200,13 +200,15 @@ class _Tile(NamedTuple):
 
     def queries(self, x: torch.Tensor, window_size: int, num_heads: int, first_row: int = 0) -> torch.Tensor:
         """View of the tile's queries in maps [B, rows, W, C] from row `first_row` on, [b, n, m, heads, qh, qw, d]."""
-        windows = window_view(
-            x[self.images],
-            self.row.query_start - first_row, self.row.query_size, self.row.count,
-            self.col.query_start, self.col.query_size, self.col.count,
-            stride=window_size,
+        row, col = self.row, self.col
+        return window_view(
+            x,
+            self.images,
+            (row.query_start - first_row, row.query_size, row.count),
+            (col.query_start, col.query_size, col.count),
+            window_size,
+            num_heads,
         )
-        return windows.unflatten(5, (num_heads, -1)).permute(0, 1, 2, 5, 3, 4, 6)
 
     def keys(self, x: torch.Tensor, window_size: int, num_heads: int, step: int = 1) -> torch.Tensor:
         """View of the tile's overlapping halos in maps [B, H, W, 2, C], [2, b, n, m, heads, kh, kw, d].
@@ -217,13 +219,15 @@ class _Tile(NamedTuple):
             num_heads: Heads that share the C channels.
             step: Windows from one of the tile's to its next.
         """
-        windows = window_view(
-            x[self.images].flatten(3),
-            self.row.key_start, self.row.key_size, self.row.count,
-            self.col.key_start, self.col.key_size, self.col.count,
-            stride=step * window_size,
+        row, col = self.row, self.col
+        return window_view(
+            x,
+            self.images,
+            (row.key_start, row.key_size, row.count),
+            (col.key_start, col.key_size, col.count),
+            step * window_size,
+            num_heads,
         )
-        return windows.unflatten(5, (2, num_heads, -1)).permute(5, 0, 1, 2, 6, 3, 4, 7)
 
     def every_other(self, i: int, j: int, window_size: int) -> '_Tile':
         """Every second window along both axes, from the given ones on; for `keys` with a `step` of two."""
@@ -269,23 +273,24 @@ def _tiles(height: int, q: torch.Tensor, window_size: int, first_row: int = 0) -
                         yield _Tile(slice(image, min(B, image + images)), row_part, col_part)
 
 
-def _gather_keys(
-        tile: _Tile,
-        kv: torch.Tensor,
-        extra_kv: torch.Tensor,
-        window_size: int,
-        num_heads: int,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Extra keys, then the halo, of each window of a tile, and their values: both [windows, heads, E + K, d]."""
+def _extra_by_head(extra_kv: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """View of extra keys and values [B, E, 2, C] to be copied into windows, [2, B, 1, 1, heads, E, d]."""
+    return extra_kv.unflatten(3, (num_heads, -1)).permute(2, 0, 3, 1, 4)[:, :, None, None]
+
+
+def _gather_keys(tile: _Tile, kv: torch.Tensor, extra: torch.Tensor, window_size: int) -> torch.Tensor:
+    """Extra keys (`_extra_by_head`), then the halo, of each window of a tile, and their values.
+
+    Returns:
+        [2, windows, heads, E + K, d].
+    """
+    num_heads, E, d = extra.shape[4:]
     halo = tile.keys(kv, window_size, num_heads)
-    kh, kw, d = halo.shape[5:]
-    E = extra_kv.shape[1]
+    kh, kw = halo.shape[5:7]
     keys = kv.new_empty(halo.shape[:5] + (E + kh * kw, d))
-    extra = extra_kv[tile.images].unflatten(3, (num_heads, d)).permute(2, 0, 3, 1, 4)
-    keys[..., :E, :] = extra[:, :, None, None]
+    keys[..., :E, :] = extra[:, tile.images]
     keys[..., E:, :].unflatten(5, (kh, kw)).copy_(halo)
-    k, v = keys.flatten(1, 3)
-    return k, v
+    return keys.flatten(1, 3)
 
 
 class _TileBias:
@@ -301,7 +306,12 @@ class _TileBias:
         """[1, heads, L, E + K]."""
         if self.bias is not None and self.halo != tile.halo():
             self.halo = tile.halo()
-            self.logits_bias = F.pad(tile.bias(self.bias).flatten(3).flatten(1, 2), (self.num_extra, 0))[None]
+            part = tile.bias(self.bias)
+            heads, qh, qw, kh, kw = part.shape
+            padded = part.new_empty(heads, qh, qw, self.num_extra + kh * kw)
+            padded[..., :self.num_extra] = 0.
+            padded[..., self.num_extra:].unflatten(3, (kh, kw)).copy_(part)
+            self.logits_bias = padded.flatten(1, 2)[None]
         return self.logits_bias
 
 
@@ -330,12 +340,12 @@ def attend_rows(
         [B, rows, W, C].
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tile_bias = _TileBias(bias, extra_kv.shape[1])
+    extra, tile_bias = _extra_by_head(extra_kv, num_heads), _TileBias(bias, extra_kv.shape[1])
     for tile in _tiles(kv.shape[1], q, window_size, first_row):
         q_tile = tile.queries(q, window_size, num_heads, first_row)
-        k, v = _gather_keys(tile, kv, extra_kv, window_size, num_heads)
-        out_tile = F.scaled_dot_product_attention(
-            q_tile.flatten(4, 5).flatten(0, 2), k, v, attn_mask=tile_bias.of(tile))
+        k, v = _gather_keys(tile, kv, extra, window_size)
+        q_win = q_tile.reshape(k.shape[:2] + (-1, k.shape[3]))
+        out_tile = F.scaled_dot_product_attention(q_win, k, v, attn_mask=tile_bias.of(tile))
         tile.queries(out, window_size, num_heads, first_row).copy_(out_tile.reshape(q_tile.shape))
     return out
 
@@ -405,7 +415,7 @@ def _tiled_backward(
     # of weights times their gradients, per query and head, [B, H, W, heads]
     row_sum = (grad_out * out).unflatten(3, (num_heads, d)).sum(dim=-1, dtype=wide)
 
-    tile_bias = _TileBias(bias, E)
+    extra, tile_bias = _extra_by_head(extra_kv, num_heads), _TileBias(bias, E)
     for tile in _tiles(H, q, window_size):
         shape = tile.queries(q, window_size, num_heads).shape
         L = shape[4] * shape[5]
@@ -414,7 +424,7 @@ def _tiled_backward(
             tile.queries(x, window_size, num_heads).reshape(-1, L, x.shape[3] // num_heads)
             for x in (q, grad_out, row_sum))
         q_win = q_win * scale
-        k_win, v_win = (x.flatten(0, 1) for x in _gather_keys(tile, kv, extra_kv, window_size, num_heads))
+        k_win, v_win = _gather_keys(tile, kv, extra, window_size).flatten(1, 2)
 
         logits = torch.bmm(q_win, k_win.transpose(1, 2)).unflatten(0, (-1, num_heads))
         if bias is not None:
