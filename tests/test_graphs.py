@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
 
@@ -122,15 +122,9 @@ def check_compiled(model, backend):
 
     Returns the graphs.
     """
-    graphs = []
-
-    def compile_graph(graph, inputs):
-        function = lookup_backend(backend)(graph, inputs)
-        graphs.append(graph)  # compiled; inductor gives up its first attempt where a number has to become a constant
-        return function
-
+    counter = CompileCounterWithBackend(backend)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=compile_graph, fullgraph=True, dynamic=True)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     parameters = list(model.parameters())
     for size in SIZES[:4] + [(320, 256)]:
         x = images(*size)
@@ -142,8 +136,8 @@ def check_compiled(model, backend):
         grads = torch.autograd.grad(out.square().sum(), parameters)
         for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
             torch.testing.assert_close(grad, wanted, atol=1e-4 * (1 + wanted.abs().max().item()), rtol=1e-3)
-    assert 1 <= len(graphs) <= 2
-    return graphs
+    assert 1 <= counter.frame_count <= 2
+    return counter.graphs
 
 
 def dims(min_size):
