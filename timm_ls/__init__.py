@@ -1,23 +1,27 @@
 """Long-short attention backbones for timm: importing this package registers the models."""
 from importlib.metadata import version as _version
 
-from .attention import GlobalAttention2d, LongShortAttention2d
-from .checkpoint import load_checkpoint
+from .attention import FullAttention2d, GlobalAttention2d, LongShortAttention2d
+from .attention.explain import AttentionChoice, explain_attention
 from .cvt_ls import CvtLs, fuse_conv_bn
 from .linear import linear_implementation
+from .ops.window_attention import attention_implementation
+from .pretrained.checkpoint import load_checkpoint
+from .pretrained.warm_start import WarmStart, warm_start
 from .vil_ls import VilLs
-from .warm_start import WarmStart, warm_start
-from .window_attention import attention_implementation
 
 __version__ = _version('timm-ls')
 
 __all__ = [
+    'AttentionChoice',
     'CvtLs',
+    'FullAttention2d',
     'GlobalAttention2d',
     'LongShortAttention2d',
     'VilLs',
     'WarmStart',
     'attention_implementation',
+    'explain_attention',
     'fuse_conv_bn',
     'linear_implementation',
     'load_checkpoint',

@@ -16,9 +16,9 @@ import timm
 import torch
 from PIL import Image
 
-from .checkpoint import load_checkpoint
 from .cli import available_device, import_matplotlib, output_file, synchronize
 from .complexity import count_macs, count_parameters
+from .pretrained.checkpoint import load_checkpoint
 
 __all__ = ['main']
 

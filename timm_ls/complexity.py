@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .window_attention import attention_implementation
+from .ops.window_attention import attention_implementation
 
 __all__ = ['count_macs', 'count_parameters']
 

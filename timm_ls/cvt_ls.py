@@ -7,9 +7,8 @@ No code or weights of CvT-LS were ever released. Sizes follow the table of the p
 leaves open follows CvT, and each entrypoint says how far that goes.
 """
 import re
-from itertools import accumulate
-from operator import mul
-from typing import Any, Callable, Dict, Final, List, Optional, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -19,19 +18,20 @@ from timm.layers import get_act_layer
 from timm.models import generate_default_cfgs, register_model, reparameterize_model
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import (
+from .attention.full import FullAttention
+from .attention.long_short import LongShortAttention
+from .attention.rel_pos import resize_tables
+from .ops.capture import is_captured
+from .pretrained.checkpoint import unwrap_state_dict, without_wrappers
+from .pretrained.sources import build_model, published_sources
+from .pyramid_transformer import (
+    ImageSize,
     PyramidTransformer,
     check_stages,
     feature_config,
-    grid_size,
     norm_layer_with_eps,
     pad_to_multiple,
 )
-from .checkpoint import unwrap_state_dict
-from .pretrained import build_model, published_sources
-from .rel_pos import resize_tables
-from .tracing import is_tracing_shapes
 
 __all__ = ['PLAIN_CVT', 'CvtLs', 'fuse_conv_bn']
 
@@ -114,12 +114,12 @@ class DepthwiseConvNorm(nn.Module):
         self.norm = nn.BatchNorm2d(parts * dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From a map [B, H, W, C] to [B, ceil(H / s), ceil(W / s), C, parts]."""
+        """From a map [B, H, W, C] to tokens [B, ceil(H / s) * ceil(W / s), C, parts]."""
         x = x.permute(0, 3, 1, 2)
-        if is_tracing_shapes():
+        if is_captured():
             x = x.contiguous()  # BatchNorm over a channels-last map of unknown size is not exported
         x = self.norm(self.conv(x))
-        return x.permute(0, 2, 3, 1).unflatten(-1, (self.dim, self.parts))
+        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.dim, self.parts)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -174,20 +174,39 @@ class ConvQkv(nn.Module):
         self.k = nn.Linear(dim, dim, bias=bias, **dd)
         self.v = nn.Linear(dim, dim, bias=bias, **dd)
 
-    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """From a map [B, H, W, C] to queries of that shape, keys and values [B, ceil(H / s), ceil(W / s), C]."""
-        maps = self.depthwise(x)
-        if self.depthwise_kv is not None:
-            kv = self.depthwise_kv(x)
-            return self.project(maps[..., 0], kv[..., 0], kv[..., 1])
-        return self.project(maps[..., 0], maps[..., 1], maps[..., 2])
+    def forward(
+            self,
+            x: torch.Tensor,
+            size: Tuple[int, int],
+            num_global_tokens: int,
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project a sequence of g global tokens, which have no neighbors to convolve, and a map.
 
-    def project(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> List[torch.Tensor]:
-        """The linear layers alone, over the last dimension; global tokens have no neighbours to convolve."""
+        Args:
+            x: Tokens, [B, g + H * W, C].
+            size: Rows H and columns W of the map.
+            num_global_tokens: g.
+
+        Returns:
+            Queries [B, g + H * W, C], keys and values [B, g + ceil(H / s) * ceil(W / s), C].
+        """
+        B, C = x.shape[0], x.shape[2]
+        global_tokens = x[:, :num_global_tokens]
+        maps = x[:, num_global_tokens:].reshape(B, size[0], size[1], C)
+        queries = self.depthwise(maps)  # [B, N, C, 1 or 3]
+        if self.depthwise_kv is not None:
+            keys = self.depthwise_kv(maps)
+            q, k, v = queries[..., 0], keys[..., 0], keys[..., 1]
+        else:
+            q, k, v = queries[..., 0], queries[..., 1], queries[..., 2]
+        if num_global_tokens > 0:
+            q = torch.cat([global_tokens, q], dim=1)
+            k = torch.cat([global_tokens, k], dim=1)
+            v = torch.cat([global_tokens, v], dim=1)
         q = self.q(q)
         if self.query_scale != 1.:
             q = q * self.query_scale
-        return [q, self.k(k), self.v(v)]
+        return q, self.k(k), self.v(v)
 
 
 def query_scale(attn_scale: str, num_heads: int) -> float:
@@ -205,102 +224,83 @@ def query_scale(attn_scale: str, num_heads: int) -> float:
     return 1. if attn_scale == 'head' else num_heads ** -0.5
 
 
-class ConvLongShortAttention2d(LongShortAttention2d):
+class ConvLongShortAttention(LongShortAttention):
     """Long-short attention with convolutional projections.
 
-    Everything but the projections, the dynamic projection included, is `LongShortAttention2d`. Global tokens pass
+    Everything but the projections, the dynamic projection included, is `LongShortAttention`. Global tokens pass
     through the linear layers only.
 
     Args:
         dim: Channels.
         num_heads: Attention heads.
-        qkv_bias: Learn a bias in the linear layers for queries, keys and values.
         attn_scale: Logits are divided by the square root of channels per 'head' or of 'dim' (all channels).
-        device: Where to create parameters.
-        dtype: Their type.
-        **kwargs: See `LongShortAttention2d`.
+        **kwargs: See `LongShortAttention`.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
 
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int = 8,
-            qkv_bias: bool = True,
-            attn_scale: str = 'head',
-            device: torch.types.Device = None,
-            dtype: Optional[torch.dtype] = None,
-            **kwargs: Any,
-    ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias, **kwargs, **dd)
-        del self.qkv  # in its place:
-        self.conv_qkv = ConvQkv(dim, qkv_bias, query_scale=query_scale(attn_scale, num_heads), **dd)
+    def __init__(self, dim: int, num_heads: int = 8, *, attn_scale: str = 'head', **kwargs: Any):
+        self.query_scale = query_scale(attn_scale, num_heads)
+        super().__init__(dim, num_heads=num_heads, **kwargs)
         self.margin = 1
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values of a map [B, H, W, C], side by side, [B, H, W, 3 * C]."""
-        return torch.cat(self.conv_qkv(x), dim=-1)
+    def make_projections(self, qkv_bias: bool, dd: Any) -> None:
+        """Create the layers of `project`."""
+        self.conv_qkv = ConvQkv(self.dim, qkv_bias, query_scale=self.query_scale, **dd)
 
-    def project_global(self, x: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values of global tokens [B, g, C], side by side, [B, g, 3 * C]."""
-        return torch.cat(self.conv_qkv.project(x, x, x), dim=-1)
+    def project(
+            self,
+            x: torch.Tensor,
+            size: Tuple[int, int],
+            num_global_tokens: int,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """See `LongShortAttention.project`."""
+        q, k, v = self.conv_qkv(x, size, num_global_tokens)
+        return q, self.norm_kv(torch.stack([k, v], dim=2))
 
 
-class ConvGlobalAttention2d(GlobalAttention2d):
+class ConvFullAttention(FullAttention):
     """Full attention with convolutional projections: that of CvT, given `kv_stride=2` and `attn_scale='dim'`.
 
     Args:
         dim: Channels.
         num_heads: Attention heads.
-        qkv_bias: Learn a bias in the linear layers for queries, keys and values.
         kv_stride: Stride of the convolutions of keys and values. The bias table keeps offsets in steps of the map.
         attn_scale: Logits are divided by the square root of channels per 'head' or of 'dim' (all channels).
-        device: Where to create parameters.
-        dtype: Their type.
-        **kwargs: See `GlobalAttention2d`.
+        **kwargs: See `FullAttention`.
 
     Raises:
         ValueError: An argument is out of range; the message names it.
     """
 
-    has_pieces: Final[bool] = False  # type: ignore[misc]  # strided keys belong to no run of rows
-
     def __init__(
             self,
             dim: int,
             num_heads: int = 8,
-            qkv_bias: bool = True,
+            *,
             kv_stride: int = 1,
             attn_scale: str = 'head',
-            device: torch.types.Device = None,
-            dtype: Optional[torch.dtype] = None,
             **kwargs: Any,
     ):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(dim, num_heads=num_heads, qkv_bias=qkv_bias, **kwargs, **dd)
         if kv_stride < 1:
             raise ValueError(f'kv_stride={kv_stride}: expected a stride of at least 1.')
-        self.kv_stride = kv_stride
-        del self.qkv  # in its place:
-        self.conv_qkv = ConvQkv(dim, qkv_bias, kv_stride, query_scale(attn_scale, num_heads), **dd)
+        self.query_scale = query_scale(attn_scale, num_heads)
+        super().__init__(dim, num_heads=num_heads, kv_stride=kv_stride, **kwargs)
+        self.margin = 1
+
+    def make_projections(self, qkv_bias: bool, dd: Any) -> None:
+        """Create the layers of `project`."""
+        self.conv_qkv = ConvQkv(self.dim, qkv_bias, self.kv_stride, self.query_scale, **dd)
 
     def project(
             self,
             x: torch.Tensor,
-            global_tokens: Optional[torch.Tensor],
+            size: Tuple[int, int],
+            num_global_tokens: int,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values for `attend`, of a map [B, H, W, C] and global tokens [B, g, C] or None."""
-        qkv = self.conv_qkv(x)
-        q, k, v = qkv[0].flatten(1, 2), qkv[1].flatten(1, 2), qkv[2].flatten(1, 2)
-        if global_tokens is not None:
-            global_qkv = self.conv_qkv.project(global_tokens, global_tokens, global_tokens)
-            q = torch.cat([global_qkv[0], q], dim=1)
-            k = torch.cat([global_qkv[1], k], dim=1)
-            v = torch.cat([global_qkv[2], v], dim=1)
-        return q, k, v
+        """See `FullAttention.project`."""
+        return self.conv_qkv(x, size, num_global_tokens)
 
 
 class CvtLs(PyramidTransformer):
@@ -352,7 +352,7 @@ class CvtLs(PyramidTransformer):
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: ImageSize = 224,
             embed_dims: Tuple[int, ...] = (64, 192, 384),
             depths: Tuple[int, ...] = (1, 2, 10),
             num_heads: Tuple[int, ...] = (1, 3, 6),
@@ -379,72 +379,54 @@ class CvtLs(PyramidTransformer):
             device: torch.types.Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
-        norm_layer = norm_layer_with_eps(norm_layer, eps=1e-5)
-        act_layer = get_act_layer(act_layer)
+        dd: Any = {'device': device, 'dtype': dtype}
+        norm = norm_layer_with_eps(norm_layer, eps=1e-5)
         kv_strides = (kv_stride,) * len(embed_dims) if isinstance(kv_stride, int) else kv_stride
-        check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
-                     patch_strides=patch_strides, patch_paddings=patch_paddings, attn_types=attn_types,
-                     num_global_tokens=num_global_tokens, kv_stride=kv_strides)
+        check_stages(
+            len(embed_dims), patch_sizes=patch_sizes, patch_strides=patch_strides, patch_paddings=patch_paddings,
+            attn_types=attn_types, kv_stride=kv_strides)
         for i, stride in enumerate(kv_strides):
             if attn_types[i] == 'ls' and stride != 1:
                 raise ValueError(
                     f"kv_stride={stride} in stage {i}, whose attention is 'ls': windows need a key at every token,"
                     " kv_stride=1; strided keys and values need 'full' in attn_types.")
-        reductions = list(accumulate(patch_strides, mul))
-
-        def make_embed(i: int, in_chans: int) -> nn.Module:
-            return ConvEmbed(
-                in_chans,
-                embed_dims[i],
-                kernel_size=patch_sizes[i],
-                stride=patch_strides[i],
-                padding=patch_paddings[i],
-                norm_layer=norm_layer,
-                **dd,
-            )
-
-        def attn_args(i: int) -> Dict[str, Any]:
-            return dict(
-                dim=embed_dims[i],
-                num_heads=num_heads[i],
-                num_global_tokens=num_global_tokens[i],
-                qkv_bias=qkv_bias,
-                attn_scale=attn_scale,
-                rel_pos_bias=rel_pos_bias,
-                attn_drop=attn_drop_rate,
-                proj_drop=proj_drop_rate,
-                **dd,
-            )
-
-        def make_long_short(i: int) -> nn.Module:
-            return ConvLongShortAttention2d(
-                window_size=window_size, rank=rank, global_update=global_update, **attn_args(i))
-
-        def make_full(i: int) -> nn.Module:
-            return ConvGlobalAttention2d(
-                grid_size=grid_size(img_size, reductions[i]), kv_stride=kv_strides[i], **attn_args(i))
-
+        attn_args: Any = dict(
+            qkv_bias=qkv_bias, attn_scale=attn_scale, rel_pos_bias=rel_pos_bias, attn_drop=attn_drop_rate,
+            proj_drop=proj_drop_rate, **dd)
+        long_short = partial(
+            ConvLongShortAttention, window_size=window_size, rank=rank, global_update=global_update, **attn_args)
         super().__init__(
+            embed_layer=[
+                partial(ConvEmbed, kernel_size=size, stride=stride, padding=padding, norm_layer=norm, **dd)
+                for size, stride, padding in zip(patch_sizes, patch_strides, patch_paddings)],
+            attn_layers=dict(
+                ls=[long_short for _ in embed_dims],
+                full=[partial(ConvFullAttention, kv_stride=stride, **attn_args) for stride in kv_strides],
+            ),
+            strides=patch_strides,
+            norm_layer=norm,
+            act_layer=get_act_layer(act_layer),
             embed_dims=embed_dims,
             depths=depths,
-            strides=patch_strides,
-            attn_types=attn_types,
+            num_heads=num_heads,
             num_global_tokens=num_global_tokens,
-            make_embed=make_embed,
-            make_attn=dict(ls=make_long_short, full=make_full),
-            mlp_ratio=mlp_ratio,
+            attn_types=attn_types,
+            img_size=img_size,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
             **dd,
         )
+
+    @torch.jit.ignore
+    def is_foreign(self, state_dict: Mapping[str, Any]) -> bool:
+        """Return whether these are weights of plain CvT, Microsoft's or Hugging Face's."""
+        return any(without_wrappers(name).startswith(CVT_PREFIXES) for name in state_dict)
 
     @torch.jit.ignore
     def convert_state_dict(self, state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
@@ -471,6 +453,7 @@ def fuse_conv_bn(model: nn.Module, inplace: bool = False) -> nn.Module:
     return reparameterize_model(model, inplace=inplace)
 
 
+CVT_PREFIXES = ('stage0.', 'cvt.encoder.', 'encoder.stages.')  # of names in CvT's checkpoints
 # Names in CvT's checkpoints and ours: Microsoft's first, then Hugging Face's. Within stage i and `stages.{i}`, ...
 CVT_STAGE_NAMES = {
     'cls_token': 'global_tokens',
@@ -582,7 +565,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         Weights by our names.
     """
     weights = unwrap_state_dict(state_dict)
-    if any(name.startswith(('stage0.', 'cvt.encoder.', 'encoder.stages.')) for name in weights):
+    if any(name.startswith(CVT_PREFIXES) for name in weights):
         return merge_convolutions({rename_cvt(name): value for name, value in weights.items()}, model)
 
     resize_tables(weights, model)

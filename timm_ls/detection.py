@@ -10,7 +10,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from .pyramid import FeaturePyramid, timm_fpn_backbone
+from .fpn import FeaturePyramid, timm_fpn_backbone
 
 __all__ = ['fasterrcnn_fpn', 'fcos_fpn', 'maskrcnn_fpn', 'retinanet_fpn']
 

@@ -6,8 +6,8 @@ import timm
 import torch
 import torch.nn as nn
 
-from .backbone import pad_to_multiple
-from .pyramid import OnTimmBackbone, count_layers, default_trainable_layers
+from .fpn import OnTimmBackbone, count_layers, default_trainable_layers
+from .pyramid_transformer import pad_to_multiple
 
 __all__ = ['Segmenter', 'upernet']
 

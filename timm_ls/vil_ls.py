@@ -5,9 +5,8 @@ Multi-scale design: `Multi-Scale Vision Longformer` - https://arxiv.org/abs/2103
 Released weights: https://github.com/NVIDIA/transformer-ls (MIT)
 """
 import re
-from itertools import accumulate
-from operator import mul
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from functools import partial
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -16,18 +15,20 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_act_layer
 from timm.models import generate_default_cfgs, register_model
 
-from .attention import GlobalAttention2d, LongShortAttention2d
-from .backbone import (
+from .attention.full import FullAttention
+from .attention.long_short import LongShortAttention
+from .attention.rel_pos import dense_table, resize_tables
+from .pretrained.checkpoint import unwrap_state_dict, without_wrappers
+from .pretrained.sources import build_model, published_sources
+from .pyramid_transformer import (
+    ImageSize,
     PyramidTransformer,
     check_stages,
     feature_config,
-    grid_size,
     norm_layer_with_eps,
     pad_to_multiple,
 )
-from .checkpoint import unwrap_state_dict
-from .pretrained import build_model, published_sources
-from .rel_pos import dense_table, resize_tables
+
 
 __all__ = ['VilLs']
 
@@ -103,7 +104,7 @@ class VilLs(PyramidTransformer):
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: ImageSize = 224,
             embed_dims: Tuple[int, ...] = (96, 192, 384, 768),
             depths: Tuple[int, ...] = (1, 4, 16, 1),
             num_heads: Tuple[int, ...] = (3, 3, 6, 12),
@@ -126,55 +127,43 @@ class VilLs(PyramidTransformer):
             device: torch.types.Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
-        dd = {'device': device, 'dtype': dtype}
-        norm_layer = norm_layer_with_eps(norm_layer, eps=1e-6)
-        act_layer = get_act_layer(act_layer)
-        check_stages(len(embed_dims), depths=depths, num_heads=num_heads, patch_sizes=patch_sizes,
-                     attn_types=attn_types, num_global_tokens=num_global_tokens)
-        reductions = list(accumulate(patch_sizes, mul))
-
-        def make_embed(i: int, in_chans: int) -> nn.Module:
-            return PatchEmbed(in_chans, embed_dims[i], patch_sizes[i], norm_layer, **dd)
-
-        def attn_args(i: int) -> Dict[str, Any]:
-            return dict(
-                dim=embed_dims[i],
-                num_heads=num_heads[i],
-                num_global_tokens=num_global_tokens[i],
-                qkv_bias=qkv_bias,
-                rel_pos_bias=rel_pos_bias,
-                attn_drop=attn_drop_rate,
-                proj_drop=proj_drop_rate,
-                **dd,
-            )
-
-        def make_long_short(i: int) -> nn.Module:
-            return LongShortAttention2d(
-                window_size=window_size, rank=rank, global_update=global_update, **attn_args(i))
-
-        def make_full(i: int) -> nn.Module:
-            return GlobalAttention2d(grid_size=grid_size(img_size, reductions[i]), **attn_args(i))
-
+        dd: Any = {'device': device, 'dtype': dtype}
+        norm = norm_layer_with_eps(norm_layer, eps=1e-6)
+        check_stages(len(embed_dims), patch_sizes=patch_sizes)
+        attn_args: Any = dict(
+            qkv_bias=qkv_bias, rel_pos_bias=rel_pos_bias, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd)
+        long_short = partial(
+            LongShortAttention, window_size=window_size, rank=rank, global_update=global_update, **attn_args)
         super().__init__(
+            embed_layer=[partial(PatchEmbed, patch_size=size, norm_layer=norm, **dd) for size in patch_sizes],
+            attn_layers=dict(
+                ls=[long_short for _ in embed_dims],
+                full=[partial(FullAttention, **attn_args) for _ in embed_dims],
+            ),
+            strides=patch_sizes,
+            norm_layer=norm,
+            act_layer=get_act_layer(act_layer),
             embed_dims=embed_dims,
             depths=depths,
-            strides=patch_sizes,
-            attn_types=attn_types,
+            num_heads=num_heads,
             num_global_tokens=num_global_tokens,
-            make_embed=make_embed,
-            make_attn=dict(ls=make_long_short, full=make_full),
-            mlp_ratio=mlp_ratio,
+            attn_types=attn_types,
+            img_size=img_size,
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             pos_drop_rate=pos_drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
-            norm_layer=norm_layer,
-            act_layer=act_layer,
             **dd,
         )
+
+    @torch.jit.ignore
+    def is_foreign(self, state_dict: Mapping[str, Any]) -> bool:
+        """Return whether these are the authors' weights, as released or bare."""
+        return 'net' in state_dict or any(rename_released(without_wrappers(name)) != name for name in state_dict)
 
     @torch.jit.ignore
     def convert_state_dict(self, state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:

@@ -13,10 +13,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .attention import GlobalAttention2d, LongShortAttention2d, sum_per_head
-from .backbone import Stage
-from .window import halo_width
-from .window_attention import softmax, window_attention
+from .attention.full import FullAttention, attend_grid
+from .attention.layers import MapInterface
+from .attention.long_short import LongShortAttention
+from .ops.attend import softmax
+from .ops.merge import pool_tokens
+from .ops.window_attention import window_attention
+from .ops.windows import halo_width
+from .pyramid_transformer import Stage
 
 __all__ = [
     'QueryAttention',
@@ -49,9 +53,9 @@ class _Call(NamedTuple):
     """What an attention layer was called with."""
 
     name: str
-    layer: nn.Module
-    x: torch.Tensor  # [1, H, W, C]
-    global_tokens: Optional[torch.Tensor]  # [1, g, C]
+    layer: Any
+    x: torch.Tensor  # [1, g + H * W, C]
+    size: Tuple[int, int]
 
 
 @contextmanager
@@ -76,9 +80,13 @@ def _record(model: nn.Module, image: torch.Tensor) -> List[_Call]:
     calls: List[_Call] = []
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, (LongShortAttention2d, GlobalAttention2d)):
+        if isinstance(module, (LongShortAttention, FullAttention)):
             def hook(layer: nn.Module, args: Tuple[Any, ...], name: str = name) -> None:
-                calls.append(_Call(name, layer, args[0], args[1] if len(args) > 1 else None))
+                x, size = args[0], args[1] if len(args) > 1 else None
+                if isinstance(layer, MapInterface):
+                    global_tokens, size = [] if size is None else [size], x.shape[1:3]
+                    x = torch.cat([*global_tokens, x.flatten(1, 2)], dim=1)
+                calls.append(_Call(name, layer, x, tuple(size)))
             handles.append(module.register_forward_pre_hook(hook))
     if not handles:
         raise ValueError(f'{type(model).__name__} has no attention of timm_ls: expected one of its models.')
@@ -92,24 +100,25 @@ def _record(model: nn.Module, image: torch.Tensor) -> List[_Call]:
 
 def _find(calls: Sequence[_Call], layer: str) -> _Call:
     """The call of a long-short layer by its name."""
-    names = [call.name for call in calls if isinstance(call.layer, LongShortAttention2d)]
+    names = [call.name for call in calls if isinstance(call.layer, LongShortAttention)]
     for call in calls:
         if call.name == layer and layer in names:
             return call
     raise ValueError(f'No long-short attention named {layer!r}: this model has {", ".join(names) or "none"}.')
 
 
-def _projection(call: _Call) -> torch.Tensor:
-    """The dynamic projection, softmax over tokens, [1, heads * rank, N]."""
-    return softmax(call.layer.dynamic_projection(call.x).flatten(1, 2).transpose(1, 2), dim=2)
+def _projection_logits(call: _Call) -> torch.Tensor:
+    """Return the logits of the dynamic projection, [1, N, heads * rank]."""
+    return call.layer.dynamic_projection(call.x)[:, call.layer.num_global_tokens:]
 
 
 def _landmark_map(call: _Call) -> torch.Tensor:
     """Landmarks over the map, [heads, rank, H, W]; rank 0 for a layer without."""
-    layer, (H, W) = call.layer, call.x.shape[1:3]
+    layer, (H, W) = call.layer, call.size
     if layer.rank == 0:
         return call.x.new_zeros(layer.num_heads, 0, H, W)
-    return _projection(call).reshape(layer.num_heads, layer.rank, H, W)
+    weights = softmax(_projection_logits(call).transpose(1, 2), dim=2)  # over tokens
+    return weights.reshape(layer.num_heads, layer.rank, H, W)
 
 
 def landmark_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -127,7 +136,7 @@ def landmark_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tens
     """
     with _looking_at(model):
         calls = _record(model, image)
-        return {call.name: _landmark_map(call) for call in calls if isinstance(call.layer, LongShortAttention2d)}
+        return {call.name: _landmark_map(call) for call in calls if isinstance(call.layer, LongShortAttention)}
 
 
 def query_attention(model: nn.Module, image: torch.Tensor, layer: str, position: Tuple[int, int]) -> QueryAttention:
@@ -151,11 +160,11 @@ def query_attention(model: nn.Module, image: torch.Tensor, layer: str, position:
 
 def _query_attention(call: _Call, position: Tuple[int, int]) -> QueryAttention:
     """`query_attention` in the call of a layer."""
-    attn, (H, W) = call.layer, call.x.shape[1:3]
+    attn, (H, W) = call.layer, call.size
     row, col = position
     if not (0 <= row < H and 0 <= col < W):
         raise ValueError(f'position={tuple(position)}: {call.name} has a map of {H} rows and {W} columns.')
-    q, kv, extra_kv = _queries_and_keys(call)
+    q, kv, additional_kv = _queries_and_keys(call)
     h, w, p = attn.num_heads, attn.window_size, halo_width(attn.window_size)
     top, left = row // w * w, col // w * w
     rows = slice(max(0, top - p), min(H, top + w + p))
@@ -163,27 +172,29 @@ def _query_attention(call: _Call, position: Tuple[int, int]) -> QueryAttention:
     keys = kv[0, rows, cols, 0]
     shape = keys.shape[:2]
 
-    query = q[0, row, col].unflatten(-1, (h, -1)) * attn.head_dim ** -0.5  # [heads, d]
+    query = q[0, row, col].unflatten(-1, (h, -1))  # [heads, d]
+    query = query * query.shape[1] ** -0.5
     logits = torch.einsum('hd,nhd->hn', query, keys.flatten(0, 1).unflatten(-1, (h, -1)))
     bias = attn.window_bias()
     if bias is not None:
         halo_rows = slice(rows.start - top + p, rows.stop - top + p)
         halo_cols = slice(cols.start - left + p, cols.stop - left + p)
         logits = logits + bias[:, row - top, col - left, halo_rows, halo_cols].flatten(1)
-    extra = torch.einsum('hd,nhd->hn', query, extra_kv[0, :, 0].unflatten(-1, (h, -1)))
-    weights = softmax(torch.cat([extra, logits], dim=1), dim=1)
+    additional = torch.einsum('hd,nhd->hn', query, additional_kv[0, :, 0].unflatten(-1, (h, -1)))
+    weights = softmax(torch.cat([additional, logits], dim=1), dim=1)
     window = weights.new_zeros(h, H, W)
-    window[:, rows, cols] = weights[:, extra.shape[1]:].unflatten(1, shape)
-    return QueryAttention(window, weights[:, :attn.rank], weights[:, attn.rank:extra.shape[1]])
+    window[:, rows, cols] = weights[:, additional.shape[1]:].unflatten(1, shape)
+    return QueryAttention(window, weights[:, :attn.rank], weights[:, attn.rank:additional.shape[1]])
 
 
 def _queries_and_keys(call: _Call) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of a long-short layer's map, and those of its landmarks and global tokens."""
-    layer = call.layer
-    q, kv = layer.split(layer.project(call.x))
-    logits = layer.dynamic_projection(call.x) if layer.rank > 0 else None
-    global_kv = layer.split(layer.project_global(call.global_tokens))[1] if layer.num_global_tokens > 0 else None
-    return q, kv, layer.extra_keys(logits, kv, global_kv)
+    """Return queries, keys and values of a long-short layer's map, and those of its landmarks and global tokens."""
+    layer, g = call.layer, call.layer.num_global_tokens
+    q, kv = layer.project(call.x, call.size, g)
+    additional_kv = kv[:, :g]
+    if layer.rank > 0:
+        additional_kv = torch.cat([layer.landmarks(_projection_logits(call), kv[:, g:]), additional_kv], dim=1)
+    return q[:, g:].unflatten(1, call.size), kv[:, g:].unflatten(1, call.size), additional_kv
 
 
 def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
@@ -209,11 +220,11 @@ def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     reductions = dict(zip(strides, accumulate(strides.values(), mul)))
     with _looking_at(model):
         calls = _record(model, image)
-        relevance = torch.ones_like(calls[-1].x[..., 0])
+        relevance = calls[-1].x.new_ones(1, *calls[-1].size)
         stage = _stage(calls[-1])
         for call in reversed(calls):
             if _stage(call) != stage:  # a stage in between may have no blocks
-                relevance = _spread(relevance, reductions[stage] // reductions[_stage(call)], call.x.shape[1:3])
+                relevance = _spread(relevance, reductions[stage] // reductions[_stage(call)], call.size)
                 stage = _stage(call)
             relevance = (relevance + _hand_back(call, relevance)) / 2
             relevance = relevance / relevance.sum()
@@ -237,27 +248,30 @@ def _hand_back(call: _Call, relevance: torch.Tensor) -> torch.Tensor:
 
     Attention is linear in its values. With one number per token as its value, this product is a gradient.
     """
-    layer, x = call.layer, call.x.detach()
-    H, W, C = x.shape[1:]
+    layer, (H, W), C = call.layer, call.size, call.x.shape[-1]
     number = torch.ones_like(relevance, requires_grad=True)
     values = number[..., None].expand(-1, -1, -1, C)
-    if isinstance(layer, LongShortAttention2d):
+    if isinstance(layer, LongShortAttention):
         with torch.no_grad():
-            q, kv, extra_kv = _queries_and_keys(call)
-            bias = layer.window_bias()
-        extra_values = torch.zeros_like(extra_kv[:, :, 1])
-        if layer.rank > 0:
-            sums = sum_per_head(_projection(call).detach(), values.flatten(1, 2), layer.num_heads)
-            extra_values = torch.cat([sums, extra_values[:, layer.rank:]], dim=1)
+            q, kv, additional_kv = _queries_and_keys(call)
+            bias, logits = layer.window_bias(), _projection_logits(call) if layer.rank > 0 else None
+        additional_values = torch.zeros_like(additional_kv[:, :, 1])
+        if logits is not None:
+            means = pool_tokens(logits, values.flatten(1, 2)[:, :, None], layer.num_heads)[:, :, 0]
+            additional_values = torch.cat([means, additional_values[:, layer.rank:]], dim=1)
         out = window_attention(
-            q, torch.stack([kv[..., 0, :], values], dim=3), torch.stack([extra_kv[:, :, 0], extra_values], dim=2), bias,
-            layer.window_size, layer.num_heads)
+            q, torch.stack([kv[..., 0, :], values], dim=3),
+            torch.stack([additional_kv[:, :, 0], additional_values], dim=2), bias, layer.window_size, layer.num_heads)
     else:
+        g = layer.num_global_tokens
         with torch.no_grad():
-            q, k, _ = layer.project(x, call.global_tokens)
+            q, k, _ = layer.project(call.x, call.size, g)
+            bias = layer.biases(call.size)
         strided = values[:, ::layer.kv_stride, ::layer.kv_stride].flatten(1, 2)
-        v = F.pad(strided, (0, 0, layer.num_global_tokens, 0))
-        out = layer.attend(q, k, v, H, W)[:, layer.num_global_tokens:].unflatten(1, (H, W))
+        v = F.pad(strided, (0, 0, g, 0))
+        out = attend_grid(
+            q, k, v, bias, call.size, layer.kv_stride, layer.num_heads, 0., layer.fused_attn, layer.bias_bytes)
+        out = out[:, g:].unflatten(1, (H, W))
     return torch.autograd.grad(out.mean(dim=-1), number, relevance)[0]
 
 

@@ -11,12 +11,12 @@ from typing import Any, Dict, Final, Tuple, Union
 
 import torch
 
+from ..attention.rel_pos import dense_table
+from ..cvt_ls import CvtLs, rename_cvt
+from ..cvt_ls import checkpoint_filter_fn as convert_cvt
+from ..vil_ls import VilLs, rename_released
+from ..vil_ls import checkpoint_filter_fn as convert_vil
 from .checkpoint import check_state_dict, read_checkpoint, unwrap_state_dict
-from .cvt_ls import CvtLs, rename_cvt
-from .cvt_ls import checkpoint_filter_fn as convert_cvt
-from .rel_pos import dense_table
-from .vil_ls import VilLs, rename_released
-from .vil_ls import checkpoint_filter_fn as convert_vil
 
 __all__ = ['WarmStart', 'warm_start']
 

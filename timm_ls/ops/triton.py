@@ -13,8 +13,8 @@ from typing import Any, Optional, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .tracing import ceil_div
-from .window import halo_width
+from .capture import ceil_div
+from .windows import halo_width
 
 try:
     import triton
@@ -191,6 +191,19 @@ def launch(
         BLOCK_Q=block_q, BLOCK_K=BLOCK_K, BLOCK_D=max(16, triton.next_power_of_2(D)))
 
 
+def why_not(call: Any) -> Optional[str]:
+    """Return why the kernel does not take a call, or None if it does."""
+    if call.device.type != 'cuda' and not is_interpreted():
+        return f"it is for CUDA devices, not for {call.device}; Triton's interpreter takes any (TRITON_INTERPRET=1)"
+    if call.dtype not in DTYPES:
+        return f'it takes {", ".join(map(str, DTYPES))}, not {call.dtype}'
+    if call.dropout_p > 0:
+        return 'attention dropout is active'
+    if call.plain:
+        return 'graphs, torch.func and forward-mode derivatives need plain operations'
+    return None
+
+
 def triton_attention(
         q: torch.Tensor,
         kv: torch.Tensor,
@@ -198,18 +211,10 @@ def triton_attention(
         bias: Optional[torch.Tensor],
         window_size: int,
         num_heads: int,
+        first_row: int = 0,
 ) -> torch.Tensor:
-    """`window_attention` as a kernel; all inputs of the type of `q`.
-
-    Raises:
-        RuntimeError: The tensors are not on a CUDA device, or not of float32, bfloat16 or float16.
-    """
-    if not q.is_cuda and not is_interpreted():
-        raise RuntimeError(
-            f"attention_implementation('triton') is for CUDA devices, and was given tensors on {q.device}. Triton's"
-            ' interpreter takes any: start the process with TRITON_INTERPRET=1.')
-    if q.dtype not in DTYPES:
-        raise RuntimeError(f"attention_implementation('triton') takes {', '.join(map(str, DTYPES))}, not {q.dtype}.")
+    """Return `window_attention`; all inputs are of the type of `q`."""
+    assert first_row == 0 and q.shape[1] == kv.shape[1]
     return _TritonAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)
 
 

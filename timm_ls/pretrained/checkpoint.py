@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
-__all__ = ['check_state_dict', 'load_checkpoint', 'read_checkpoint', 'unwrap_state_dict']
+__all__ = ['check_state_dict', 'load_checkpoint', 'read_checkpoint', 'unwrap_state_dict', 'without_wrappers']
 
 
 def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
@@ -26,12 +26,17 @@ def unwrap_state_dict(checkpoint: Dict[str, Any]) -> Dict[str, torch.Tensor]:
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise RuntimeError(
                 f'Expected a dictionary from parameter names to tensors, got {name!r}: {type(value).__name__}.')
-        while name.startswith(('module.', '_orig_mod.')):
-            name = name.split('.', 1)[1]
-        weights[name] = value
+        weights[without_wrappers(name)] = value
     if not weights:
         raise RuntimeError('The checkpoint holds no weights.')
     return weights
+
+
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name without what DDP and `torch.compile` put in front of it."""
+    while name.startswith(('module.', '_orig_mod.')):
+        name = name.split('.', 1)[1]
+    return name
 
 
 def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, most: int = 3) -> None:
@@ -95,4 +100,6 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
         FileNotFoundError: There is no such file.
         RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
     """
-    model.load_state_dict(read_checkpoint(path))
+    weights = model.convert_state_dict(read_checkpoint(path))
+    check_state_dict(weights, model)
+    model.load_state_dict(weights)

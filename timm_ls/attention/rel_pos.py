@@ -1,25 +1,28 @@
 """Relative position bias on 2-D grids: one dense table of offsets, its expansion, resizing and conversion."""
-from typing import Dict, Optional, Tuple
-from weakref import WeakKeyDictionary
+from functools import lru_cache
+from typing import Dict, Final, Optional, Tuple
 
+import numpy as np
 import torch
 import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 
-from .tracing import ceil_div, is_traced, is_tracing_shapes
-from .window import halo_width
+from ..ops.capture import ceil_div, is_captured
+from ..ops.indices import on_device
+from ..ops.windows import halo_width
 
 __all__ = [
     'RelPosBias2d',
     'dense_table',
     'expand_aliased_table',
-    'grid_bias',
     'position_bias',
     'resize_bias_table',
     'resize_tables',
 ]
+
+MAX_INDEX: Final[int] = 2 ** 20  # values that are looked up by an index of their own, which takes 8 bytes each
 
 
 def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -49,18 +52,21 @@ def resize_tables(weights: Dict[str, torch.Tensor], model: nn.Module) -> None:
                 weights[name] = resize_bias_table(table, size)
 
 
-@torch.fx.wrap
-def fit_bias_table(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
-    """The table itself where it has the offsets between these grids, resized (`resize_bias_table`) where not."""
-    size = (query_size[0] + key_size[0] - 1, query_size[1] + key_size[1] - 1)
+def fit_bias_table(table: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:
+    """Return the table of the offsets within a grid: as it is, or resized to them."""
+    size = (2 * grid_size[0] - 1, 2 * grid_size[1] - 1)
     # a comparison of symbolic sizes would tie the graph to one image size; resizing to the same size is the identity
-    if is_tracing_shapes() or table.shape[1] != size[0] or table.shape[2] != size[1]:
+    if is_captured() or table.shape[1] != size[0] or table.shape[2] != size[1]:
         table = resize_bias_table(table, size)
     return table
 
 
-@torch.fx.wrap
-def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
+def position_bias(
+        table: torch.Tensor,
+        query_size: Tuple[int, int],
+        key_size: Tuple[int, int],
+        key_stride: int = 1,
+) -> torch.Tensor:
     """Look up the bias of every query for every key.
 
     The offset of query row `y` to key row `k` is found at table row `y - k + key rows - 1`, likewise for columns:
@@ -69,74 +75,35 @@ def position_bias(table: torch.Tensor, query_size: Tuple[int, int], key_size: Tu
     Args:
         table: One value per head and offset, [num_heads, query rows + key rows - 1, query cols + key cols - 1].
         query_size: Rows and columns of the queries.
-        key_size: Rows and columns of the keys.
+        key_size: Rows and columns of the grid of keys.
+        key_stride: Rows and columns of that grid from one key to the next.
 
     Returns:
-        Bias, [num_heads, query rows, query cols, key rows, key cols].
+        Bias, [num_heads, query rows, query cols, key rows / stride, key cols / stride], rounded up.
     """
-    qh, qw = query_size
-    kh, kw = key_size
-    device = table.device
+    (qh, qw), (kh, kw) = query_size, key_size
+    if not torch.jit.is_scripting():
+        if not is_captured() and qh * qw * kh * kw <= MAX_INDEX:
+            index = on_device(position_index, table.device, qh, qw, kh, kw, key_stride)
+            shape = (table.shape[0], qh, qw, ceil_div(kh, key_stride), ceil_div(kw, key_stride))
+            return table.flatten(1).gather(1, index.expand(table.shape[0], -1)).view(shape)
+    # one gather per axis, whose indices are broadcast, not stored, and whose dimensions are not split: symbolic sizes
+    # are hard to divide
+    device, heads = table.device, table.shape[0]
     rows = torch.arange(qh, device=device)[:, None] - torch.arange(kh, device=device) + kh - 1
     cols = torch.arange(qw, device=device)[:, None] - torch.arange(kw, device=device) + kw - 1
-    # one gather per axis: dimensions are broadcast, not split, as symbolic sizes are hard to divide
-    heads = table.shape[0]
     bias = table[:, None].expand(-1, qh, -1, -1).gather(2, rows[None, :, :, None].expand(heads, -1, -1, qw + kw - 1))
     index = cols[None, None, :, None].expand(heads, qh, -1, kh, -1)
-    return bias[:, :, None].expand(-1, -1, qw, -1, -1).gather(4, index)
+    bias = bias[:, :, None].expand(-1, -1, qw, -1, -1).gather(4, index)
+    return bias[..., ::key_stride, ::key_stride]
 
 
-def copy_position_bias(out: torch.Tensor, table: torch.Tensor, key_stride: int) -> None:
-    """Write `position_bias` into memory, without a gradient: in long runs, faster than two gathers.
-
-    Args:
-        out: Where to, [num_heads, query rows, query cols, key rows, key cols]; a view.
-        table: One value per head and offset, [num_heads, query rows + R - 1, query cols + S - 1], for keys on a grid
-            of R rows and S columns.
-        key_stride: Rows and columns of that grid from one key to the next.
-    """
-    qh, qw = out.shape[1], out.shape[2]
-    kh, kw = table.shape[1] - qh + 1, table.shape[2] - qw + 1
-    # counted from a query to its key, offsets grow with the key: what a query sees of a line of the table is a slice
-    lines = table.flip(1, 2).unfold(2, kw, 1).flip(2)  # [num_heads, offsets of rows, query cols, grid cols]
-    lines = lines[..., ::key_stride].transpose(1, 2)
-    for y in range(qh):
-        out[:, y] = lines[:, :, qh - 1 - y:qh - 1 - y + kh:key_stride]
-
-
-def grid_bias(
-        table: torch.Tensor,
-        global_bias: Optional[torch.Tensor],
-        num_rows: int,
-        grid_size: Tuple[int, int],
-        key_stride: int,
-) -> torch.Tensor:
-    """Bias of some rows of a map for global tokens and for the map.
-
-    Args:
-        table: One value per head and offset, [num_heads, num_rows + height - 1, 2 * width - 1].
-        global_bias: Bias for the global tokens, [num_heads, g]; None without.
-        num_rows: Rows of queries.
-        grid_size: Rows and columns of the map.
-        key_stride: Rows and columns from one key to the next.
-
-    Returns:
-        [num_heads, num_rows * width, g + keys].
-    """
-    height, width = grid_size
-    if torch.is_grad_enabled() or is_traced():
-        bias = position_bias(table, (num_rows, width), grid_size)[..., ::key_stride, ::key_stride]
-        bias = bias.flatten(3).flatten(1, 2)
-        if global_bias is not None:
-            bias = torch.cat([global_bias.unsqueeze(1).expand(-1, bias.shape[1], -1), bias], dim=-1)
-        return bias
-    keys = ceil_div(height, key_stride), ceil_div(width, key_stride)
-    g = 0 if global_bias is None else global_bias.shape[1]
-    bias = table.new_empty([table.shape[0], num_rows, width, g + keys[0] * keys[1]])
-    if global_bias is not None:
-        bias[..., :g] = global_bias[:, None, None]
-    copy_position_bias(bias[..., g:].unflatten(3, keys), table, key_stride)
-    return bias.flatten(1, 2)
+@lru_cache(maxsize=32)
+def position_index(qh: int, qw: int, kh: int, kw: int, key_stride: int) -> np.ndarray:
+    """Return where `position_bias` finds its values in a flattened table."""
+    rows = np.arange(qh)[:, None] - np.arange(0, kh, key_stride) + kh - 1
+    cols = np.arange(qw)[:, None] - np.arange(0, kw, key_stride) + kw - 1
+    return (rows[:, None, :, None] * (qw + kw - 1) + cols[:, None, :]).reshape(-1)
 
 
 def expand_aliased_table(table: torch.Tensor) -> torch.Tensor:
@@ -223,40 +190,11 @@ class RelPosBias2d(nn.Module):
             table = resize_bias_table(self.table.detach(), table_size)
             self.table = nn.Parameter(table, requires_grad=self.table.requires_grad)
 
-    def forward(
-            self,
-            query_size: Tuple[int, int],
-            key_size: Tuple[int, int],
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-        """What biases are made from. The one way to the parameters: some bring them in when a module is called.
+    def forward(self) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+        """Return the parameters. The one way to them: some bring them in when a module is called.
 
         Returns:
-            The table for the offsets between the grids (`position_bias` expands it), resized to fit if need be,
-            [num_heads, query + key rows - 1, query + key cols - 1]. For global tokens (None without), the bias of
-            their queries for patches and of patches for them, [2, num_heads, g], and among them, [num_heads, g, g].
+            The table, [num_heads, rows, cols]. For global tokens (None without), the bias of their queries for patches
+            and of patches for them, [2, num_heads, g], and among them, [num_heads, g, g].
         """
-        if torch.jit.is_scripting():
-            table = fit_bias_table(self.table, query_size, key_size)
-        else:
-            table = self.remembered_table(query_size, key_size)
-        return table, self.global_patch, self.global_global
-
-    @torch.jit.unused
-    def remembered_table(self, query_size: Tuple[int, int], key_size: Tuple[int, int]) -> torch.Tensor:
-        """`fit_bias_table`, from the last call in inference on a CPU if neither weights nor sizes have changed."""
-        table = self.table
-        if torch.is_grad_enabled() or is_traced() or type(table) is not nn.Parameter or not table.is_cpu:
-            return fit_bias_table(table, query_size, key_size)
-        size = (table.shape[0], query_size[0] + key_size[0] - 1, query_size[1] + key_size[1] - 1)
-        if size == table.shape:
-            return table
-        source, resized = _last_resized.get(self, (None, None))
-        if resized is None or source.dtype != table.dtype or resized.shape != size or not torch.equal(source, table):
-            source, resized = table.clone(), fit_bias_table(table, query_size, key_size)
-            _last_resized[self] = source, resized
-        return resized
-
-
-# What inference resized last, one table per layer, and what from: values tell that weights have changed, however that
-# was done. A resize takes some tenths of a millisecond, a comparison some hundredths.
-_last_resized: 'WeakKeyDictionary[RelPosBias2d, Tuple[torch.Tensor, torch.Tensor]]' = WeakKeyDictionary()
+        return self.table, self.global_patch, self.global_global

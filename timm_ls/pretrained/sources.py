@@ -27,12 +27,12 @@ import torch
 import torch.nn as nn
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import hf_hub_download
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, create_model, resolve_pretrained_cfg
 
+from .._compat import http_get
 from .checkpoint import check_state_dict, read_checkpoint, unwrap_state_dict
 
 __all__ = ['build_model', 'catalogue', 'convert_checkpoint', 'published_sources', 'structure_digest']

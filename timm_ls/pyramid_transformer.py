@@ -2,8 +2,8 @@
 from contextvars import copy_context
 from functools import partial
 from itertools import accumulate
-from operator import mul
-from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Set, Tuple, Union
+from operator import index, mul
+from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.fx
@@ -19,15 +19,13 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import checkpoint, named_apply
-from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
 
-from .attention import GlobalAttention2d
-from .checkpoint import check_state_dict
-from .linear import linear_mode
-from .streaming import may_go_by_pieces, row_pieces
-from .tracing import ceil_div, is_tracing_shapes
-from .window_attention import is_automatic
+from ._compat import feature_take_indices, update_model_input_size
+from .attention.chunked import forward_in_chunks, runs_in_chunks
+from .attention.full import FullAttention
+from .attention.layers import LayerNorm
+from .ops.capture import ceil_div, is_captured
+from .pretrained.checkpoint import check_state_dict
 
 __all__ = [
     'Block',
@@ -41,19 +39,20 @@ __all__ = [
     'pad_to_multiple',
 ]
 
+ImageSize = Union[int, Sequence[int]]  # side, or height and width, in pixels; integers of any kind
 MIN_IMAGE_SIZE: Final[int] = 32  # the total stride of four stages: less would leave no token at the last
 
 
 @torch.fx.wrap
-def check_image(x: torch.Tensor, in_chans: int, min_size: int = MIN_IMAGE_SIZE) -> torch.Tensor:
-    """Return `x` if it is a batch of images that the models accept, [B, in_chans, H >= min_size, W >= min_size].
+def check_image(x: torch.Tensor, min_size: int = MIN_IMAGE_SIZE) -> torch.Tensor:
+    """Return `x` if it is a batch of images that the models accept, [B, C, H >= min_size, W >= min_size].
 
     Raises:
         ValueError: It is not; the message says what was given and what is expected.
     """
-    if not is_tracing_shapes():
-        if x.ndim != 4 or x.shape[1] != in_chans:
-            raise ValueError(f'Expected images of shape [batch, {in_chans}, height, width], got {list(x.shape)}.')
+    if not is_captured():
+        if x.ndim != 4:
+            raise ValueError(f'Expected images of shape [batch, channels, height, width], got {list(x.shape)}.')
         if x.shape[2] < min_size or x.shape[3] < min_size:
             raise ValueError(
                 f'Expected images of at least {min_size} x {min_size} pixels, got {x.shape[2]} x {x.shape[3]}.')
@@ -64,17 +63,17 @@ def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pad a map [B, C, H, W] with zeros at the right and the bottom, so that `multiple` divides H and W."""
     H, W = x.shape[2], x.shape[3]
     bottom, right = ceil_div(H, multiple) * multiple - H, ceil_div(W, multiple) * multiple - W
-    if is_tracing_shapes() or bottom > 0 or right > 0:
+    if is_captured() or bottom > 0 or right > 0:
         x = F.pad(x, (0, right, 0, bottom))
     return x
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP over a map of tokens and its global tokens.
+    """Pre-norm attention and MLP over a sequence of global tokens and a map.
 
     Args:
         dim: Channels.
-        attn: Attention layer, from (map, global tokens) to the same; with `has_pieces`, by pieces in inference.
+        attn: Attention layer, from (tokens, size of the map) to tokens.
         mlp_ratio: MLP width over `dim`.
         proj_drop: Dropout probability in the MLP.
         drop_path: Probability of skipping each of the two branches, for an image as a whole.
@@ -91,82 +90,28 @@ class Block(nn.Module):
             mlp_ratio: float = 4.,
             proj_drop: float = 0.,
             drop_path: float = 0.,
-            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            norm_layer: Callable[..., nn.Module] = LayerNorm,
             act_layer: Callable[..., nn.Module] = nn.GELU,
             device: torch.types.Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         self.norm1 = norm_layer(dim, **dd)
         self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.hidden_features = int(dim * mlp_ratio)
-        self.mlp = Mlp(dim, hidden_features=self.hidden_features, act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path_rate = drop_path
-        self.drop_path = DropPath(drop_path)
+        self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(
-            self,
-            x: torch.Tensor,
-            global_tokens: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """From a map [B, H, W, C] and global tokens [B, g, C] or None to the same."""
-        if torch.jit.is_scripting():
-            return self.update(x, global_tokens)
-        else:
-            with linear_mode(x):
-                return self.update(x, global_tokens)
-
-    def update(
-            self,
-            x: torch.Tensor,
-            global_tokens: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """`forward`, linear layers as torch or `linear_mode` computes them."""
-        norm_tokens = self.norm1(global_tokens) if global_tokens is not None else None
-        if not torch.jit.is_scripting() and self.goes_by_pieces(x):
-            x, d_tokens = self.attn.forward_by_pieces(x, norm_tokens, self.norm1, self.finish)
-            if global_tokens is not None:
-                global_tokens = self.finish(global_tokens, d_tokens)
-            return x, global_tokens
-        dx, d_tokens = self.attn(self.norm1(x), norm_tokens)
-        x, global_tokens = self.add(x, dx, global_tokens, d_tokens)
-        d_tokens = self.mlp(self.norm2(global_tokens)) if global_tokens is not None else None
-        return self.add(x, self.mlp(self.norm2(x)), global_tokens, d_tokens)
-
-    @torch.jit.unused
-    def goes_by_pieces(self, x: torch.Tensor) -> bool:
-        """Whether to go by pieces of the map: in inference, unless timm or the user chose how attention is computed."""
-        attn: Any = self.attn
-        return getattr(attn, 'has_pieces', False) and attn.fused_attn and is_automatic() and may_go_by_pieces(self, x)
-
-    @torch.jit.unused
-    def finish(self, x: torch.Tensor, dx: torch.Tensor) -> torch.Tensor:
-        """Add what attention gives for some tokens, and then what the MLP does, its hidden layer by pieces."""
-        x = x + dx
-        hidden_bytes = x[:, :1, ..., 0].numel() * self.hidden_features * x.element_size()  # of a row
-        for rows in row_pieces(x, row_bytes=hidden_bytes):
-            part = x[:, rows]
-            part += self.mlp(self.norm2(part))
+    def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        """From tokens [B, g + H * W, C] of maps of a size (H, W), global ones first, to the same."""
+        if not torch.jit.is_scripting():
+            if runs_in_chunks(self, x):
+                return forward_in_chunks(self, x, size)
+        x = x + self.drop_path1(self.attn(self.norm1(x), size))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return x
-
-    def add(
-            self,
-            x: torch.Tensor,
-            dx: torch.Tensor,
-            global_tokens: Optional[torch.Tensor],
-            d_tokens: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """Add a branch to the map and the global tokens, kept or dropped for both alike."""
-        if self.training and self.drop_path_rate > 0.:
-            keep = self.drop_path(x.new_ones(x.shape[0], 1, 1))
-            dx = dx * keep[..., None]
-            if d_tokens is not None:
-                d_tokens = d_tokens * keep
-        if global_tokens is not None and d_tokens is not None:
-            global_tokens = global_tokens + d_tokens
-        return x + dx, global_tokens
 
 
 class Stage(nn.Module):
@@ -175,7 +120,7 @@ class Stage(nn.Module):
     Args:
         dim: Channels of the level.
         embed: Patch embedding, from [B, C_in, H_in, W_in] to [B, H, W, dim].
-        blocks: Blocks over (map, global tokens).
+        blocks: Blocks over (tokens, size of the map).
         num_global_tokens: Learned tokens that join the map in this stage.
         return_global_tokens: Give the tokens, global ones first, as a sequence instead of a map; for a last stage
             whose global tokens are pooled.
@@ -196,7 +141,8 @@ class Stage(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        self.return_global_tokens = return_global_tokens
+        self.num_global_tokens = num_global_tokens
+        self.return_global_tokens = return_global_tokens and num_global_tokens > 0
         self.grad_checkpointing = False
         self.embed = embed
         if num_global_tokens > 0:
@@ -214,82 +160,81 @@ class Stage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From a map [B, C_in, H_in, W_in] to [B, dim, H, W], or to [B, g + H * W, dim] with `return_global_tokens`."""
-        x = self.pos_drop(self.embed(x))
-        global_tokens: Optional[torch.Tensor] = None
+        x = self.embed(x)
+        B, H, W, C = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+        x = x.reshape(B, H * W, C)
         if self.global_tokens is not None:
-            global_tokens = self.pos_drop(self.global_tokens.expand(x.shape[0], -1, -1))
+            x = torch.cat([self.global_tokens.expand(B, -1, -1).to(x.dtype), x], dim=1)
+        x = self.pos_drop(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, global_tokens = checkpoint(in_this_context(block), x, global_tokens)
+                x = checkpoint(in_this_context(block), x, (H, W))
             else:
-                x, global_tokens = block(x, global_tokens)
-        if self.return_global_tokens and global_tokens is not None:
-            return torch.cat([global_tokens, x.flatten(1, 2)], dim=1)
-        return x.permute(0, 3, 1, 2)
+                x = block(x, (H, W))
+        if self.return_global_tokens:
+            return x
+        return x[:, self.num_global_tokens:].reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def in_this_context(module: nn.Module) -> Callable[..., Any]:
-    """A module that, whenever it is called, sees what context variables hold now.
+    """Return a module that, whenever it is called, sees what context variables hold now.
 
-    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention and linear layers have to
-    be computed in the same way then.
+    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention has to be computed in the
+    same way then.
     """
-    return module if is_tracing_shapes() else partial(copy_context().run, module)
+    return module if is_captured() else partial(copy_context().run, module)
 
 
 class PyramidTransformer(nn.Module):
     """Stages, a final norm, pooling and a classifier, with the methods that timm and its clients expect.
 
     Args:
-        embed_dims: Channels per stage.
-        depths: Blocks per stage.
+        embed_layer: For each stage, from input and output channels to a patch embedding, NCHW to NHWC.
+        attn_layers: For each kind of attention and each stage, from channels, `num_heads` and `num_global_tokens`, and
+            for 'full' `grid_size`, to the attention of a block.
         strides: Stride of each stage with respect to the one before.
-        attn_types: Attention per stage, a key of `make_attn`.
-        num_global_tokens: Global tokens per stage. Those of the last stage are kept for pooling.
-        make_embed: From a stage's index and input channels to its patch embedding, NCHW to NHWC.
-        make_attn: For each kind of attention, from a stage's index to the attention of one of its blocks.
-        mlp_ratio: MLP width over channels.
-        in_chans: Image channels.
-        num_classes: Classes; 0 for no classifier.
-        global_pool: 'avg', 'max', 'avgmax', 'catavgmax' or '' (none); if the last stage has global tokens, 'token',
-            'avg' or ''.
-        drop_rate: Dropout probability before the classifier.
-        pos_drop_rate: Dropout probability after each patch embedding.
-        proj_drop_rate: Dropout probability in MLPs.
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         norm_layer: From channels to a norm over the last dimension.
         act_layer: Activation of the MLPs.
-        device: Where to create parameters.
-        dtype: Their type.
+        **: As documented by the families. Per-stage arguments have an entry for each of `embed_dims`.
 
     Raises:
-        ValueError: A stage has an attention that `make_attn` does not know, or the model no such pooling.
+        ValueError: An argument is out of range; the message names it.
     """
 
     def __init__(
             self,
+            *,
+            embed_layer: Sequence[Callable[..., nn.Module]],
+            attn_layers: Dict[str, Sequence[Callable[..., nn.Module]]],
+            strides: Tuple[int, ...],
+            norm_layer: Callable[..., nn.Module],
+            act_layer: Callable[..., nn.Module],
             embed_dims: Tuple[int, ...],
             depths: Tuple[int, ...],
-            strides: Tuple[int, ...],
-            attn_types: Tuple[str, ...],
+            num_heads: Tuple[int, ...],
             num_global_tokens: Tuple[int, ...],
-            make_embed: Callable[[int, int], nn.Module],
-            make_attn: Dict[str, Callable[[int], nn.Module]],
-            mlp_ratio: float,
+            attn_types: Tuple[str, ...],
+            img_size: ImageSize,
             in_chans: int,
             num_classes: int,
             global_pool: str,
+            mlp_ratio: float,
             drop_rate: float,
             pos_drop_rate: float,
             proj_drop_rate: float,
             drop_path_rate: float,
-            norm_layer: Callable[..., nn.Module],
-            act_layer: Callable[..., nn.Module],
-            device: torch.types.Device = None,
-            dtype: Optional[torch.dtype] = None,
+            device: torch.types.Device,
+            dtype: Optional[torch.dtype],
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
+        check_stages(
+            len(embed_dims), depths=depths, num_heads=num_heads, num_global_tokens=num_global_tokens,
+            attn_types=attn_types, strides=strides)
+        for attn_type in attn_types:
+            if attn_type not in attn_layers:
+                raise ValueError(
+                    f'Unknown attention {attn_type!r} in attn_types: expected {" or ".join(map(repr, attn_layers))}.')
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = embed_dims[-1]
@@ -305,14 +250,14 @@ class PyramidTransformer(nn.Module):
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(embed_dims):
-            if attn_types[i] not in make_attn:
-                raise ValueError(
-                    f'Unknown attention {attn_types[i]!r} in attn_types: expected {" or ".join(map(repr, make_attn))}.')
-            embed = make_embed(i, in_chans if i == 0 else embed_dims[i - 1])
-            blocks = [
+            attn_args: Dict[str, Any] = dict(num_heads=num_heads[i], num_global_tokens=num_global_tokens[i])
+            if attn_types[i] == 'full':
+                attn_args['grid_size'] = grid_size(img_size, self.reductions[i])
+            embed = embed_layer[i](in_chans if i == 0 else embed_dims[i - 1], dim)
+            blocks: List[nn.Module] = [
                 Block(
                     dim,
-                    make_attn[attn_types[i]](i),
+                    attn_layers[attn_types[i]][i](dim, **attn_args),
                     mlp_ratio=mlp_ratio,
                     proj_drop=proj_drop_rate,
                     drop_path=rate,
@@ -386,7 +331,7 @@ class PyramidTransformer(nn.Module):
             stage.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+    def set_input_size(self, img_size: ImageSize) -> None:
         """Make the full-attention stages' bias tables for another image size, resizing what was learned.
 
         Never needed to run another size, which resizes on the way: it is for training at that size. Exported
@@ -398,10 +343,10 @@ class PyramidTransformer(nn.Module):
         Raises:
             ValueError: It is something else.
         """
-        grid_size(img_size, 1)
+        img_size = grid_size(img_size, 1)
         for stage, reduction in zip(self.stages, self.reductions):
             for module in stage.modules():
-                if isinstance(module, GlobalAttention2d):
+                if isinstance(module, FullAttention):
                     module.set_grid_size(grid_size(img_size, reduction))
         update_model_input_size(self, img_size)
 
@@ -448,21 +393,26 @@ class PyramidTransformer(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load weights: our own, or a checkpoint of the original authors, which is converted on the way.
+        """Load weights as torch does; those of the original authors are recognized by their names and converted first.
 
         Raises:
-            RuntimeError: With `strict`, if the weights belong to another architecture; the message names the first
-                differences.
+            RuntimeError: With `strict`, if the weights belong to another architecture; for the authors' weights the
+                message names the first differences.
         """
-        if state_dict or strict:
-            state_dict = self.convert_state_dict(state_dict)
-        if strict:
-            check_state_dict(state_dict, self)
+        if self.is_foreign(state_dict):
+            state_dict = self.convert_state_dict(dict(state_dict))
+            if strict:
+                check_state_dict(state_dict, self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
+    def is_foreign(self, state_dict: Mapping[str, Any]) -> bool:
+        """Return whether these are weights by other names than ours, which `convert_state_dict` knows."""
+        return False
+
+    @torch.jit.ignore
     def convert_state_dict(self, state_dict: Dict[str, Any]) -> Dict[str, torch.Tensor]:
-        """The family's checkpoint conversion; see `checkpoint_filter_fn` beside each family."""
+        """Apply the family's checkpoint conversion; see `checkpoint_filter_fn` beside each family."""
         return state_dict
 
     def forward_intermediates(
@@ -491,7 +441,7 @@ class PyramidTransformer(nn.Module):
             raise ValueError(f"Unknown output_fmt='{output_fmt}': maps are returned as 'NCHW' only.")
         num_stages = len(self.stages)
         take_indices, max_index = feature_take_indices(num_stages, indices)
-        x = check_image(x, self.in_chans)
+        x = check_image(x)
         height, width = x.shape[2], x.shape[3]
         intermediates: List[torch.Tensor] = []
         if torch.jit.is_scripting() or not stop_early:  # a script cannot slice modules
@@ -504,8 +454,9 @@ class PyramidTransformer(nn.Module):
             if i in take_indices:
                 level = self.forward_norm(x) if norm and i == num_stages - 1 else x
                 if level.ndim == 3:  # global tokens in front
-                    size = ceil_div(height, self.reductions[i]), ceil_div(width, self.reductions[i])
-                    level = level[:, self.num_global_tokens:].transpose(1, 2).unflatten(2, size)
+                    rows, cols = ceil_div(height, self.reductions[i]), ceil_div(width, self.reductions[i])
+                    level = level[:, self.num_global_tokens:].transpose(1, 2)
+                    level = level.reshape(level.shape[0], level.shape[1], rows, cols)
                 intermediates.append(level)
         if intermediates_only:
             return intermediates
@@ -552,7 +503,7 @@ class PyramidTransformer(nn.Module):
             A map [B, C, ceil(H / stride), ceil(W / stride)]; tokens [B, g + N, C], global ones first, if the last
             stage keeps global tokens.
         """
-        x = check_image(x, self.in_chans)
+        x = check_image(x)
         return self.forward_norm(self.stages(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
@@ -576,18 +527,21 @@ class PyramidTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def grid_size(img_size: Union[int, Tuple[int, int]], reduction: int) -> Tuple[int, int]:
-    """Rows and columns of tokens that a level of stride `reduction` has for an image: every part of it is covered."""
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or min(size) < 1:
+def grid_size(img_size: ImageSize, reduction: int) -> Tuple[int, int]:
+    """Return rows and columns of tokens that a level of stride `reduction` has for an image: every part is covered."""
+    try:
+        height, width = img_size if hasattr(img_size, '__len__') else (img_size, img_size)  # type: ignore[misc]
+        height, width = index(height), index(width)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
         raise ValueError(f'img_size={img_size!r}: expected a side, or height and width, in pixels.')
-    height, width = size
     return ceil_div(height, reduction), ceil_div(width, reduction)
 
 
 def norm_layer_with_eps(norm_layer: Union[str, Callable[..., nn.Module]], eps: float) -> Callable[..., nn.Module]:
-    """A norm by its name or class, with `eps` unless it brings its own."""
-    norm = get_norm_layer(norm_layer)
+    """Return a norm by its name or class, with `eps` unless it brings its own. 'layernorm' is `LayerNorm` of here."""
+    norm = LayerNorm if norm_layer == 'layernorm' else get_norm_layer(norm_layer)
     given = norm.keywords if isinstance(norm, partial) else {}
     return partial(norm, **{'eps': eps, **given})
 

@@ -1,0 +1,44 @@
+"""Private names of torch, timm and the hub client that this package uses, each with why no public one serves."""
+from typing import Any
+
+import torch
+from huggingface_hub.file_download import http_get  # resumes a broken download; the public ones want a hub repository
+from timm.models._features import feature_take_indices  # timm's own rules for the indices of levels
+from timm.models._input import update_model_input_size  # keeps `pretrained_cfg` and `img_size` in step, as timm's do
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+__all__ = [
+    'fake_mode', 'feature_take_indices', 'functorch_is_active', 'has_hooks', 'http_get', 'is_fake_mode', 'is_in_forward_mode', 'softmax_backward',
+    'update_model_input_size']
+
+
+def functorch_is_active() -> bool:
+    """Whether a transform of `torch.func` is at work; it takes no autograd function of the old kind, nor in-place."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_in_forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for: within `forward_ad.dual_level()`."""
+    return forward_ad._current_level >= 0
+
+
+def softmax_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """Gradient of a softmax over the last dimension; one pass, where plain operations take three."""
+    return torch._softmax_backward_data(grad, output, -1, output.dtype)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether somebody wants to see each call of the module; torch has no question for that."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have no values; parameters may have."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def is_fake_mode() -> bool:
+    """Whether tensors are made without values now, under `FakeTensorMode`: none of them may be kept."""
+    return torch._guards.detect_fake_mode() is not None

@@ -1,0 +1,122 @@
+"""What the attention layers share: a LayerNorm for half precision, maps instead of sequences, checks of arguments."""
+from typing import Any, Final, Optional, Tuple
+
+import torch
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..ops.autocast import is_autocast, without_autocast
+from ..ops.capture import is_captured
+
+__all__ = ['LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_tokens']
+
+# torch.fx knows neither sizes nor types
+torch.fx.wrap('check_global_tokens')
+torch.fx.wrap('layer_norm')
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` for half precision: the same values, gradients of weight and bias summed in float32 everywhere.
+
+    On a CPU torch sums these over all tokens in the type of the input, in which they stop growing after some hundred.
+
+    Args:
+        *args: Of `nn.LayerNorm`.
+        keep_type: Return the type of the input under autocast, where torch returns float32, for those who would cast
+            that back: rounded once, in fewer passes.
+        **kwargs: Of `nn.LayerNorm`.
+    """
+    keep_type: Final[bool]
+
+    def __init__(self, *args: Any, keep_type: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.keep_type = keep_type
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalize over the last dimension."""
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.keep_type)
+
+
+def layer_norm(
+        x: torch.Tensor,
+        shape: Tuple[int],
+        weight: Optional[torch.Tensor],
+        bias: Optional[torch.Tensor],
+        eps: float,
+        keep_type: bool,
+) -> torch.Tensor:
+    """Compute `LayerNorm`."""
+    if torch.jit.is_scripting():
+        return F.layer_norm(x, shape, weight, bias, eps)
+    else:
+        if is_autocast(x):
+            if not keep_type:
+                return F.layer_norm(x, shape, weight, bias, eps)
+            with without_autocast(x):
+                return layer_norm(x, shape, weight, bias, eps, keep_type)
+        if x.element_size() >= 4 or weight is None:
+            return F.layer_norm(x, shape, weight, bias, eps)
+        if x.device.type != 'cpu':  # kernels for one type only
+            return F.layer_norm(x, shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+        if torch.is_grad_enabled() and weight.requires_grad and not is_captured():
+            normalized = F.layer_norm(x, shape, None, None, eps)
+            normalized = normalized * weight if bias is None else torch.addcmul(bias, normalized, weight)
+            return normalized.to(x.dtype)
+        return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise a ValueError unless `dim` channels split evenly over `num_heads` heads."""
+    if num_heads < 1 or dim % num_heads != 0:
+        raise ValueError(
+            f'dim={dim} is not divisible by num_heads={num_heads}: every head needs dim / num_heads channels.')
+
+
+def check_tokens(x: torch.Tensor, size: Tuple[int, int], num_global_tokens: int) -> None:
+    """Raise a ValueError unless `x` is [B, num_global_tokens + H * W, C] of a map of `size` (H, W)."""
+    if not is_captured():
+        if x.ndim != 3 or x.shape[1] != num_global_tokens + size[0] * size[1]:
+            raise ValueError(
+                f'Expected tokens [batch, {num_global_tokens} + {size[0]} * {size[1]}, C]: global tokens'
+                f' (num_global_tokens), then a map of {size[0]} rows and {size[1]} columns; got {list(x.shape)}.')
+
+
+def check_global_tokens(global_tokens: Optional[torch.Tensor], number: int) -> None:
+    """Raise a ValueError unless there are that many global tokens, [B, number, C]; none for 0."""
+    if not is_captured():
+        given = 0 if global_tokens is None else global_tokens.shape[1]
+        if given != number:
+            raise ValueError(f'Expected {number} global tokens (num_global_tokens), [batch, {number}, C]; got {given}.')
+
+
+class MapInterface(nn.Module):
+    """An attention layer called with a map and its global tokens apart, in place of one sequence."""
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            global_tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """Attend over a map.
+
+        Args:
+            x: Patch tokens, [B, H, W, C], H and W >= 1.
+            global_tokens: [B, num_global_tokens, C]; None if there are none.
+
+        Returns:
+            The updated map and global tokens, of the same shapes.
+
+        Raises:
+            ValueError: There are other global tokens than `num_global_tokens`.
+        """
+        check_global_tokens(global_tokens, self.num_global_tokens)
+        B, H, W, C = x.shape
+        tokens = x.reshape(B, H * W, C)
+        if global_tokens is not None:
+            tokens = torch.cat([global_tokens, tokens], dim=1)
+        tokens = self.attend(tokens, (H, W))
+        if global_tokens is None:
+            return tokens.reshape(B, H, W, C), None
+        g = self.num_global_tokens
+        return tokens[:, g:].reshape(B, H, W, C), tokens[:, :g]

@@ -1,0 +1,1 @@
+"""How window attention and sums over tokens are computed: pure functions over tensors, no parameters."""

@@ -1,0 +1,41 @@
+"""What the forward pass has to know of those who capture it, and arithmetic that they can follow."""
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .._compat import functorch_is_active, is_in_forward_mode
+
+__all__ = ['ceil_div', 'is_captured', 'is_compiled', 'needs_plain_operations']
+
+
+def is_captured() -> bool:
+    """Whether a graph is being captured: by compile, export, trace or `make_fx`. Its sizes may stand for others.
+
+    Python must not branch on them then. A script is not captured: it reads sizes when it runs.
+    """
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
+
+
+def is_compiled() -> bool:
+    """Whether the graph that is being captured is compiled for this machine, not exported to another."""
+    # torch older than 2.7 does not tell compiling from exporting
+    is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
+def needs_plain_operations() -> bool:
+    """Whether a pass is seen by what knows plain operations only: a graph, `torch.func`, forward-mode derivatives.
+
+    Then nothing may be written in place, and nothing may have a backward pass of its own.
+    """
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return is_captured() or functorch_is_active() or is_in_forward_mode()
+
+
+def ceil_div(size: int, divisor: int) -> int:
+    """How many times `divisor` fits into `size`, rounded up, in a form that symbolic sizes simplify."""
+    return (size + divisor - 1) // divisor

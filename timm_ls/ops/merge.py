@@ -1,0 +1,168 @@
+"""Softmax over parts: sums over tokens that are taken a part at a time, in float32 or wider, on every device.
+
+Matrix products of half-precision types add as the hardware likes, in float16 on some CPUs, and a sum over a million
+tokens then loses its digits. So landmarks, and global tokens in row chunks or over several devices, are made from
+`SoftmaxSum`s: of each part its largest logit, the sum of its exponentials and the weighted sum of its values.
+"""
+from typing import Any, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from .attend import softmax
+from .autocast import without_autocast
+from .capture import needs_plain_operations
+from .chunks import chunk_bytes, equal_chunks
+from .derivatives import differentiable_gradients
+
+__all__ = ['SoftmaxSum', 'pool_tokens', 'query_logits', 'softmax_sum']
+
+
+class SoftmaxSum(NamedTuple):
+    """Softmax-weighted sums of some tokens' values, before it is known what other tokens weigh. All in float32 or wider.
+
+    For h heads and m rows of weights per head, over values of P parts (such as keys and values) of h * d channels.
+    """
+
+    maximum: torch.Tensor  # [B, h, m]: largest logit
+    total: torch.Tensor  # [B, h, m]: sum of exp(logit - maximum)
+    weighted: torch.Tensor  # [P, B, h, m, d]: sum of exp(logit - maximum) times values
+
+    def merge(self, other: 'SoftmaxSum') -> 'SoftmaxSum':
+        """Return the sums over the tokens of both."""
+        maximum = torch.maximum(self.maximum, other.maximum)
+        mine, theirs = (self.maximum - maximum).exp(), (other.maximum - maximum).exp()
+        return SoftmaxSum(
+            maximum,
+            self.total * mine + other.total * theirs,
+            self.weighted * mine[..., None] + other.weighted * theirs[..., None])
+
+    def log_sum_exp(self) -> torch.Tensor:
+        """Return the logarithm of what the tokens weigh in a softmax, [B, h, m]."""
+        return self.maximum + self.total.log()
+
+    def output(self) -> torch.Tensor:
+        """Return the weighted means, [B, m, P, h * d]."""
+        return (self.weighted / self.total[..., None]).permute(1, 3, 0, 2, 4).flatten(3)
+
+
+def by_head(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """View values [B, N, P, h * d] as [P, B, h, N, d]."""
+    return x.unflatten(3, (num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def softmax_sum(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> SoftmaxSum:
+    """Return the sums over some tokens.
+
+    Args:
+        logits: [B, N, h * m], N >= 1.
+        values: [B, N, P, h * d].
+        num_heads: Heads h.
+    """
+    with without_autocast(values):
+        logits = wide(logits).transpose(1, 2).unflatten(1, (num_heads, -1))  # [B, h, m, N]
+        maximum = logits.amax(dim=3)
+        weights = (logits - maximum[..., None]).exp()
+        return SoftmaxSum(maximum, weights.sum(dim=3), weighted_sums(weights, values))
+
+
+def query_logits(q: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return the scaled logits of a few queries for `softmax_sum`.
+
+    Args:
+        q: [B, g, C], not yet scaled.
+        keys: [B, N, C].
+        num_heads: Heads that share the C channels.
+
+    Returns:
+        [B, N, num_heads * g].
+    """
+    with without_autocast(keys):
+        q = wide(q).unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, h, g, d]
+        keys = wide(keys).unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, h, N, d]
+        return (keys @ (q * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(1, 2).flatten(2)
+
+
+def weighted_sums(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return sums over tokens in the type of the weights, [P, B, h, m, d].
+
+    Args:
+        weights: [B, h, m, N], in float32 or wider.
+        values: [B, N, P, h * d].
+    """
+    parts = by_head(values.to(weights.dtype), weights.shape[1])
+    return torch.stack([weights @ parts[i] for i in range(values.shape[2])])
+
+
+def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return means of all tokens of a map, weighted by a softmax over tokens: landmarks (eq. 4).
+
+    Args:
+        logits: [B, N, h * m].
+        values: [B, N, P, C].
+        num_heads: Heads h that share the C channels.
+
+    Returns:
+        [B, m, P, C], of the type of `values`.
+    """
+    if torch.jit.is_scripting():
+        return pool_plain(logits, values, num_heads)
+    else:
+        with without_autocast(values):
+            if needs_plain_operations() or values.element_size() >= 4:
+                return pool_plain(logits, values, num_heads)
+            return _PoolTokens.apply(logits, values, num_heads)
+
+
+def pool_plain(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return `pool_tokens` in plain operations."""
+    weights = softmax(logits.transpose(1, 2), dim=2)  # torch is slow along other dimensions than the last
+    sums = weighted_sums(weights.unflatten(1, (num_heads, -1)), values)
+    return sums.permute(1, 3, 0, 2, 4).flatten(3).to(values.dtype)
+
+
+class _PoolTokens(torch.autograd.Function):
+    """`pool_tokens` of half-precision values, of which no float32 copy is kept: a chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+        sums: Optional[SoftmaxSum] = None
+        for tokens in token_chunks(values):
+            part = softmax_sum(logits[:, tokens], values[:, tokens], num_heads)
+            sums = part if sums is None else sums.merge(part)
+        assert sums is not None
+        out = sums.output()
+        ctx.save_for_backward(logits, values, sums.log_sum_exp(), out)
+        ctx.num_heads = num_heads
+        return out.to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        logits, values, log_sum_exp, out = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradients are to have gradients
+            return differentiable_gradients(
+                pool_plain, (logits, values, ctx.num_heads), ctx.needs_input_grad, grad_out)
+        h = ctx.num_heads
+        grad_logits, grad_values = torch.empty_like(logits), torch.empty_like(values)
+        grad_out = wide(grad_out)
+        grad_sums = by_head(grad_out, h)  # [P, B, h, m, d]
+        row_sum = (grad_out * out).unflatten(3, (h, -1)).sum(dim=(2, 4)).transpose(1, 2)  # [B, h, m]
+        for tokens in token_chunks(values):
+            weights = wide(logits[:, tokens]).transpose(1, 2).unflatten(1, (h, -1))  # [B, h, m, N]
+            weights = (weights - log_sum_exp[..., None]).exp()
+            parts = by_head(wide(values[:, tokens]), h)  # [P, B, h, N, d]
+            grad_weights = (grad_sums @ parts.transpose(3, 4)).sum(dim=0)
+            grad_weights = weights * (grad_weights - row_sum[..., None])
+            grad_logits[:, tokens] = grad_weights.flatten(1, 2).transpose(1, 2)
+            by_head(grad_values[:, tokens], h).copy_(weights.transpose(2, 3) @ grad_sums)
+        return grad_logits, grad_values, None
+
+
+def token_chunks(values: torch.Tensor) -> List[slice]:
+    """Cut the tokens of values [B, N, P, C] into chunks whose float32 copies are small."""
+    token_bytes = 4 * values[:, :1].numel()
+    return equal_chunks(values.shape[1], chunk_bytes(values.device) // max(1, token_bytes))
