@@ -81,7 +81,8 @@ class ConvEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.proj(pad_to_multiple(x, self.stride))
-        return self.norm(x.permute(0, 2, 3, 1))
+        B, C, H, W = x.shape[0], x.shape[1], x.shape[2], x.shape[3]
+        return self.norm(x.flatten(2).transpose(1, 2)).reshape(B, H, W, C)
 
 
 class DepthwiseConvNorm(nn.Module):

@@ -9,8 +9,9 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import use_fused_attn
 
-from ..ops.attend import attend_heads
+from ..ops.attend import attend_few
 from ..ops.autocast import cast_once
+from ..ops.capture import is_captured
 from ..ops.merge import pool_tokens
 from ..ops.window_attention import window_attention
 from ..ops.windows import halo_width
@@ -20,7 +21,7 @@ from .rel_pos import RelPosBias2d, position_bias
 __all__ = ['LongShortAttention', 'LongShortAttention2d']
 
 # torch.fx knows neither sizes nor devices
-torch.fx.wrap('attend_heads')
+torch.fx.wrap('attend_few')
 torch.fx.wrap('cast_once')
 torch.fx.wrap('check_tokens')
 torch.fx.wrap('pool_tokens')
@@ -174,8 +175,11 @@ class LongShortAttention(nn.Module):
             num_global_tokens: int,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of g global tokens and a map."""
-        q, kv = self.qkv(x).split([self.dim, 2 * self.dim], dim=-1)
-        return q, self.norm_kv(kv.reshape(x.shape[0], -1, 2, self.dim))
+        B, C = x.shape[0], self.dim
+        q, kv = self.qkv(x).split([C, 2 * C], dim=-1)
+        if is_captured():  # engines fuse a norm of three dimensions
+            return q, self.norm_kv(kv.reshape(B, -1, C)).reshape(B, -1, 2, C)
+        return q, self.norm_kv(kv.reshape(B, -1, 2, C))
 
     def landmarks(self, logits: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values of the map, [B, N, 2, C], by logits [B, N, num_heads * rank] into [B, rank, 2, C]."""
@@ -196,12 +200,13 @@ class LongShortAttention(nn.Module):
             kv: Keys and values of all tokens, [B, g + N, 2, C].
             out: Outputs of the map's tokens, [B, N, C].
         """
-        k, v = kv[:, :, 0], kv[:, :, 1]
         if self.update_from_outputs:
-            g = self.num_global_tokens
-            k, v = torch.cat([k[:, :g], out], dim=1), torch.cat([v[:, :g], out], dim=1)
+            own = kv[:, :self.num_global_tokens]
+            k, v = torch.cat([own[:, :, 0], out], dim=1), torch.cat([own[:, :, 1], out], dim=1)
+        else:
+            k, v = kv[:, :, 0], kv[:, :, 1]
         dropout_p = self.attn_drop.p if self.training else 0.
-        return attend_heads(q, k, v, None, self.num_heads, dropout_p, self.fused_attn)
+        return attend_few(q, k, v, self.num_heads, dropout_p, self.fused_attn)
 
 
 class LongShortAttention2d(MapInterface, LongShortAttention):

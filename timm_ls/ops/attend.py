@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from .capture import is_captured
 
-__all__ = ['attend', 'attend_heads', 'softmax']
+__all__ = ['attend', 'attend_few', 'attend_heads', 'softmax']
 
 
 def softmax(logits: torch.Tensor, dim: int) -> torch.Tensor:
@@ -63,3 +63,27 @@ def attend_heads(
     if is_captured():
         out = out.clone(memory_format=torch.contiguous_format)  # in graphs, its layout may change later
     return out.flatten(2)
+
+
+def attend_few(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """Return `attend_heads` of a few queries [B, L, C] to keys and values [B, S, C].
+
+    Graphs take block-diagonal queries: products over all channels of the keys as they lie in memory, where engines
+    would transpose the keys of all heads.
+    """
+    if dropout_p > 0 or not is_captured():
+        return attend_heads(q, k, v, None, num_heads, dropout_p, fused)
+    C = q.shape[2]
+    head = torch.arange(C, device=q.device) // (C // num_heads)  # of a channel
+    own = (head == torch.arange(num_heads, device=q.device)[:, None]).to(q.dtype)[:, None]  # [heads, 1, C]
+    q = (q * (C // num_heads) ** -0.5).unsqueeze(1) * own  # [B, heads, L, C]
+    logits = q.flatten(1, 2) @ k.transpose(1, 2)  # [B, heads * L, S]
+    out = softmax(logits, dim=2).to(v.dtype) @ v
+    return (out.unflatten(1, (num_heads, -1)) * own).sum(dim=1)

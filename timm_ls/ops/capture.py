@@ -4,7 +4,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .._compat import functorch_is_active, is_in_forward_mode
 
-__all__ = ['ceil_div', 'is_captured', 'is_compiled', 'needs_plain_operations']
+__all__ = ['ceil_div', 'has_fixed_size', 'is_captured', 'is_compiled', 'needs_plain_operations']
 
 
 def is_captured() -> bool:
@@ -23,6 +23,13 @@ def is_compiled() -> bool:
     # torch older than 2.7 does not tell compiling from exporting
     is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
     return torch.compiler.is_compiling() and not is_exporting()
+
+
+def has_fixed_size(x: torch.Tensor) -> bool:
+    """Whether a graph is being captured in which maps [B, H, W, ...] have one height and width, which are numbers."""
+    if torch.jit.is_tracing() or torch.compiler.is_dynamo_compiling() or not is_captured():
+        return False  # dynamo does not tell numbers from symbols
+    return type(x.shape[1]) is int and type(x.shape[2]) is int
 
 
 def needs_plain_operations() -> bool:

@@ -26,23 +26,25 @@ def masked_attention(
         fused: bool,
 ) -> torch.Tensor:
     """Return `window_attention`."""
-    B, rows, W, C = q.shape
+    B, num_rows, W, C = q.shape
     H, E = kv.shape[1], additional_kv.shape[1]
     halo = window_size + 2 * halo_width(window_size)
     L, S, d = window_size * window_size, E + halo * halo, C // num_heads
-    queries = query_index(B, rows, W, window_size, q.device)
-    keys, valid = key_index(B, H, W, window_size, E, first_row, rows, q.device)
+    queries = query_index(B, num_rows, W, window_size, q.device)
+    keys, valid = key_index(B, H, W, window_size, E, first_row, num_rows, q.device)
 
-    q_win = q.reshape(-1, C).index_select(0, queries).reshape(-1, L, num_heads, d).transpose(1, 2)  # [N, heads, L, d]
-    kv_win = torch.cat([kv.reshape(-1, 2 * C), additional_kv.reshape(-1, 2 * C)]).index_select(0, keys)
-    kv_win = kv_win.reshape(-1, S, 2, num_heads, d).permute(2, 0, 3, 1, 4)  # [2, N, heads, S, d]
+    # of N windows, [N, heads, L or S, d]; engines know attention by a reshape and a transpose in front of each input
+    rows = torch.cat([kv.reshape(-1, C), additional_kv.reshape(-1, C)])  # keys and values in turns
+    q_win = q.reshape(-1, C).index_select(0, queries).reshape(-1, L, num_heads, d).transpose(1, 2)
+    k_win = rows.index_select(0, 2 * keys).reshape(-1, S, num_heads, d).transpose(1, 2)
+    v_win = rows.index_select(0, 2 * keys + 1).reshape(-1, S, num_heads, d).transpose(1, 2)
 
     lowest = -6e4 if q.dtype == torch.float16 else -3e38  # finite: no weight, no NaN
     mask = torch.zeros(1, device=q.device, dtype=q.dtype).masked_fill(~valid, lowest).reshape(-1, 1, 1, S)
     if bias is not None:
         mask = mask + F.pad(bias.to(q.dtype).reshape(1, num_heads, L, S - E), (E, 0))
 
-    out = attend(q_win, kv_win[0], kv_win[1], mask, dropout_p, fused)
+    out = attend(q_win, k_win, v_win, mask, dropout_p, fused)
     out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # in graphs, its layout may change later
-    tokens = token_index(B, rows, W, window_size, q.device)
-    return out.reshape(-1, C).index_select(0, tokens).reshape(B, rows, W, C)
+    tokens = token_index(B, num_rows, W, window_size, q.device)
+    return out.reshape(-1, C).index_select(0, tokens).reshape(B, num_rows, W, C)

@@ -67,7 +67,8 @@ def softmax_sum(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> S
         logits = wide(logits).transpose(1, 2).unflatten(1, (num_heads, -1))  # [B, h, m, N]
         maximum = logits.amax(dim=3)
         weights = (logits - maximum[..., None]).exp()
-        return SoftmaxSum(maximum, weights.sum(dim=3), weighted_sums(weights, values))
+        sums = [weights @ part for part in by_head(wide(values), num_heads)]
+        return SoftmaxSum(maximum, weights.sum(dim=3), torch.stack(sums))
 
 
 def query_logits(q: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -85,17 +86,6 @@ def query_logits(q: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.T
         q = wide(q).unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, h, g, d]
         keys = wide(keys).unflatten(2, (num_heads, -1)).transpose(1, 2)  # [B, h, N, d]
         return (keys @ (q * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(1, 2).flatten(2)
-
-
-def weighted_sums(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return sums over tokens in the type of the weights, [P, B, h, m, d].
-
-    Args:
-        weights: [B, h, m, N], in float32 or wider.
-        values: [B, N, P, h * d].
-    """
-    parts = by_head(values.to(weights.dtype), weights.shape[1])
-    return torch.stack([weights @ parts[i] for i in range(values.shape[2])])
 
 
 def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -121,8 +111,10 @@ def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> t
 def pool_plain(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return `pool_tokens` in plain operations."""
     weights = softmax(logits.transpose(1, 2), dim=2)  # torch is slow along other dimensions than the last
-    sums = weighted_sums(weights.unflatten(1, (num_heads, -1)), values)
-    return sums.permute(1, 3, 0, 2, 4).flatten(3).to(values.dtype)
+    weights = weights.unflatten(1, (num_heads, -1))  # [B, h, m, N]
+    parts = by_head(wide(values), num_heads)
+    sums = torch.stack([weights @ parts[i] for i in range(values.shape[2])], dim=1)  # [B, P, h, m, d]
+    return sums.permute(0, 3, 1, 2, 4).flatten(3).to(values.dtype)
 
 
 class _PoolTokens(torch.autograd.Function):

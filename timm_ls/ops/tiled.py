@@ -82,7 +82,7 @@ def attend_tile(
     keys = _tokens(kv, additional_kv, tile).index_select(0, plan.keys).unflatten(1, (2, num_heads, -1))
     bias = tile_bias.of(tile, plan)
     outs, query, key, entry = [], 0, 0, 0
-    for n, L, S in plan.groups:
+    for n, L, S, _ in plan.groups:
         q_win = queries[query:query + n * L].unflatten(0, (n, L)).transpose(1, 2)  # [n, heads, L, d]
         k_win, v_win = keys[key:key + n * S].unflatten(0, (n, S)).permute(2, 0, 3, 1, 4)  # [n, heads, S, d]
         mask = None if bias is None else bias[None, :, entry:entry + L * S].unflatten(2, (L, S))
@@ -187,21 +187,30 @@ def backward(
     What all windows add to, the last two, is summed in float32 or wider.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_kv = torch.zeros_like(kv, memory_format=torch.contiguous_format)
-    grad_additional = torch.zeros_like(additional_kv, dtype=wide, memory_format=torch.contiguous_format)
     tile_bias = _TileBias(bias)
     grad_table = None if tile_bias.table is None else torch.zeros_like(tile_bias.table, dtype=wide)
+    grads: Optional[Tuple[torch.Tensor, ...]] = None
     for tile in cut_tiles(q, kv, additional_kv, window_size, first_row):
-        grad_q_tile, grad_maps, grad_tokens = tile_backward(
+        tile_grads = tile_backward(
             _queries(grad_out, tile, first_row), _queries(q, tile, first_row), kv, additional_kv, tile_bias, grad_table,
             tile, window_size, num_heads)
-        _queries(grad_q, tile, first_row).copy_(grad_q_tile)
-        grad_kv[tile.keys] += grad_maps
-        grad_additional[tile.images] += grad_tokens
+        if all(part.numel() == whole.numel() for part, whole in zip(tile_grads, (q, kv, additional_kv))):
+            grads = tile_grads  # of everything: there is but one tile
+            break
+        if grads is None:
+            grads = (
+                torch.empty_like(q, memory_format=torch.contiguous_format),
+                torch.zeros_like(kv, memory_format=torch.contiguous_format),
+                torch.zeros_like(additional_kv, dtype=wide, memory_format=torch.contiguous_format))
+        grad_q, grad_kv, grad_additional = grads
+        _queries(grad_q, tile, first_row).copy_(tile_grads[0])
+        grad_kv[tile.keys] += tile_grads[1]
+        grad_additional[tile.images] += tile_grads[2]
+    if grads is None:  # there are no images
+        grads = torch.zeros_like(q), torch.zeros_like(kv), torch.zeros_like(additional_kv)
     grad_bias = q.new_empty(0) if bias is None or grad_table is None else (
         grad_table[:, :-1].to(bias.dtype).reshape(bias.shape))
-    return grad_q, grad_kv, grad_additional.to(kv.dtype), grad_bias
+    return grads[0], grads[1], grads[2].to(kv.dtype), grad_bias
 
 
 def tile_backward(
@@ -233,7 +242,7 @@ def tile_backward(
     grad_bias = None if bias is None else torch.empty_like(bias, dtype=wide)
 
     query, key, entry = 0, 0, 0
-    for n, L, S in plan.groups:
+    for n, L, S, _ in plan.groups:
         its_queries = slice(query, query + n * h * L)
         its_keys = slice(key, key + n * h * S)
         q_win, g_win, grad_q_win = (

@@ -5,6 +5,7 @@ registered with what they do not take; the first that takes a call computes it:
 
 - 'triton': a fused kernel for CUDA devices (`triton.py`); for now only where it is asked for,
 - 'tiled': windows grouped by the part of their halo that lies inside the map, no masks, bounded memory (`tiled.py`),
+- 'grouped': the same groups in plain operations, for graphs of maps of a fixed size (`grouped.py`),
 - 'masked': one gather and one attention call in plain operations, for graphs and everything else (`masked.py`).
 
 What is chosen follows from the call alone: tensors, graph, device and what the user forces, never a measurement.
@@ -16,7 +17,8 @@ from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 
-from .capture import is_captured, is_compiled, needs_plain_operations
+from .capture import has_fixed_size, is_captured, is_compiled, needs_plain_operations
+from .grouped import grouped_attention
 from .masked import masked_attention
 from .tiled import tiled_attention, tiled_operator
 
@@ -48,6 +50,7 @@ class WindowCall:
         needs_grad: Whether a gradient is going to be asked for.
         captured: Whether the call becomes part of a graph, whose sizes may stand for others.
         compiled: Whether that graph is compiled for this machine.
+        fixed_size: Whether it is for maps of one size, taken as a whole.
         plain: Whether only plain operations will do: in graphs, under `torch.func` and forward-mode derivatives.
     """
 
@@ -62,6 +65,7 @@ class WindowCall:
     needs_grad: bool
     captured: bool
     compiled: bool
+    fixed_size: bool
     plain: bool
 
 
@@ -98,6 +102,7 @@ class Choice(NamedTuple):
     why_not: Dict[str, str]
 
 
+FUSED_IS_OFF = "timm's fused attention is off (exportable=True, TIMM_FUSED_ATTN=0)"
 _implementations: List[Implementation] = []
 _forced: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
 _recorded: ContextVar[Optional[List[Choice]]] = ContextVar('timm_ls_recorded_choices', default=None)
@@ -220,7 +225,8 @@ def window_attention(
             x is not None and x.requires_grad for x in (q, kv, additional_kv, bias))
         call = WindowCall(
             window_size, num_heads, q.shape[-1] // num_heads, first_row, dropout_p, fused, q.device, q.dtype,
-            needs_grad, is_captured(), is_compiled(), needs_plain_operations())
+            needs_grad, is_captured(), is_compiled(), q.shape[1] is kv.shape[1] and has_fixed_size(q),
+            needs_plain_operations())
         return choose(call).attend(q, kv, additional_kv, bias, call)
 
 
@@ -249,11 +255,31 @@ def _attend_tiled(
     return attend(q, kv, additional_kv, bias, call.window_size, call.num_heads, call.first_row)
 
 
+def _attend_grouped(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        additional_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        call: WindowCall,
+) -> torch.Tensor:
+    return grouped_attention(q, kv, additional_kv, bias, call.window_size, call.num_heads)
+
+
+def _grouped_why_not(call: WindowCall) -> Optional[str]:
+    if not call.fixed_size:
+        return 'it is for graphs of maps of a fixed size'
+    if call.dropout_p > 0:
+        return 'attention dropout is active'
+    if not call.fused:
+        return FUSED_IS_OFF
+    return None
+
+
 def _tiled_why_not(call: WindowCall) -> Optional[str]:
     if call.dropout_p > 0:
         return 'attention dropout is active'
     if not call.fused:
-        return "timm's fused attention is off (exportable=True, TIMM_FUSED_ATTN=0)"
+        return FUSED_IS_OFF
     if call.captured and not (call.compiled and call.device.type == 'cpu'):
         return 'a graph is captured whose sizes may vary, other than to compile it for a CPU'
     if call.plain and not call.captured:
@@ -282,5 +308,6 @@ def _triton_why_not(call: WindowCall) -> Optional[str]:
 
 
 register_implementation(Implementation('masked', _attend_masked, lambda call: None, rank=0))
+register_implementation(Implementation('grouped', _attend_grouped, _grouped_why_not, rank=5))
 register_implementation(Implementation('tiled', _attend_tiled, _tiled_why_not, rank=10))
 register_implementation(Implementation('triton', _attend_triton, _triton_why_not, rank=20, device='cuda'))

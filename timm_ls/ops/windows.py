@@ -5,7 +5,7 @@ A map of `H x W` tokens is cut into windows of `w x w` queries. The keys of a wi
 counted so that they cover the map (`ceil(H / w)` rows of them); the last ones may be ragged.
 """
 from functools import lru_cache
-from typing import Iterator, List, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from .capture import ceil_div
 
 __all__ = [
     'AxisSpan',
+    'Group',
     'HeadPlan',
     'Tile',
     'TilePlan',
@@ -176,25 +177,51 @@ def _equal(total: int, most: int) -> int:
     return ceil_div(total, ceil_div(total, max(1, most))) if total > 0 else 1
 
 
-class TilePlan(NamedTuple):
-    """Where the queries, keys and biases of a tile lie; windows of one shape after another."""
+class Group(NamedTuple):
+    """Windows that are attended by one call."""
 
-    groups: Tuple[Tuple[int, int, int], ...]  # for each shape: windows n, queries L and keys S of each
+    windows: int  # n
+    queries: int  # L, of a window
+    keys: int  # S, of a window, the additional ones included
+    biases: int  # 1 if all windows have the same, else n
+
+
+class TilePlan(NamedTuple):
+    """Where the queries, keys and biases of a tile lie, one group after another."""
+
+    groups: Tuple[Group, ...]
     queries: np.ndarray  # [sum n L]: in the flattened queries of the tile
     outputs: np.ndarray  # its inverse
     keys: np.ndarray  # [sum n S]: in the flattened keys of the tile, followed by the additional ones
-    bias: np.ndarray  # [sum L S]: in a flattened bias [w, w, w + 2p, w + 2p], or at its end for additional keys
+    bias: np.ndarray  # [sum biases L S]: in a flattened bias [w, w, w + 2p, w + 2p], or at its end for additional keys
 
 
 @lru_cache(maxsize=64)
-def tile_plan(images: int, row_spans: Spans, col_spans: Spans, window_size: int, num_additional: int) -> TilePlan:
-    """Make the indices of a tile of such a geometry. Each window sees its image's additional keys first."""
+def tile_plan(
+        images: int,
+        row_spans: Spans,
+        col_spans: Spans,
+        window_size: int,
+        num_additional: int,
+        join_shapes: bool = False,
+) -> TilePlan:
+    """Make the indices of a tile of such a geometry. Each window sees its image's additional keys first.
+
+    Args:
+        images: Images of the tile.
+        row_spans: Its windows along the rows, counted from its own first query and key.
+        col_spans: Likewise along the columns.
+        window_size: Rows or columns of a window.
+        num_additional: Additional keys of an image.
+        join_shapes: Make one group of all windows of the same shape, though their biases differ: fewer calls. Else a
+            group is windows with the same part of the halo.
+    """
     halo = window_size + 2 * halo_width(window_size)
     height, width = _keys(row_spans).stop, _keys(col_spans).stop
     query_height, query_width = _queries(row_spans).stop, _queries(col_spans).stop
     image = np.arange(images)[:, None, None, None, None]
     additional = images * height * width + image[..., 0] * num_additional + np.arange(num_additional)
-    groups, queries, keys, bias = [], [], [], []
+    parts: Dict[Any, List[Tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}  # queries [n, L], keys [n, S], biases [L, S]
     for row in row_spans:
         for col in col_spans:
             # [images, rows of windows, columns of windows, rows, columns]
@@ -204,29 +231,42 @@ def tile_plan(images: int, row_spans: Spans, col_spans: Spans, window_size: int,
             y = row.key_start + _overlapping(row.count, row.query_size, row.key_size)[:, None, :, None]
             x = col.key_start + _overlapping(col.count, col.query_size, col.key_size)[:, None, :]
             key = (image * height + y) * width + x
-            n, L = images * row.count * col.count, row.query_size * col.query_size
+            n, L, K = images * row.count * col.count, row.query_size * col.query_size, row.key_size * col.key_size
             key = np.concatenate([
-                np.broadcast_to(additional, key.shape[:3] + (num_additional,)), key.reshape(key.shape[:3] + (-1,))], -1)
+                np.broadcast_to(additional, key.shape[:3] + (num_additional,)).reshape(n, num_additional),
+                key.reshape(n, K)], axis=1)
 
             place = (row.halo_offset + np.arange(row.key_size)[:, None]) * halo
             place = (place + col.halo_offset + np.arange(col.key_size)).reshape(-1)  # in the halo
             query_place = (np.arange(row.query_size)[:, None] * window_size + np.arange(col.query_size)).reshape(-1, 1)
-            entry = np.pad(
+            bias = np.pad(
                 query_place * halo ** 2 + place, ((0, 0), (num_additional, 0)),
                 constant_values=window_size ** 2 * halo ** 2)
-            groups.append((n, L, key.shape[-1]))
-            queries.append(query.reshape(-1))
-            keys.append(key.reshape(-1))
-            bias.append(entry.reshape(-1))
+            shape = (L, K) if join_shapes else (row, col)
+            parts.setdefault(shape, []).append((query.reshape(n, L), key, bias))
+
+    groups, queries, keys, biases = [], [], [], []
+    for same in parts.values():
+        query, key = (np.concatenate([part[i] for part in same]) for i in range(2))
+        bias = same[0][2] if len(same) == 1 else np.concatenate([
+            np.broadcast_to(part[2], (len(part[0]), *part[2].shape)) for part in same])
+        groups.append(Group(len(query), query.shape[1], key.shape[1], 1 if len(same) == 1 else len(query)))
+        queries.append(query.reshape(-1))
+        keys.append(key.reshape(-1))
+        biases.append(bias.reshape(-1))
     order = np.concatenate(queries)
-    outputs = np.empty_like(order)
-    outputs[order] = np.arange(len(order))
-    return TilePlan(tuple(groups), order, outputs, np.concatenate(keys), np.concatenate(bias))
+    return TilePlan(tuple(groups), order, _inverse(order), np.concatenate(keys), np.concatenate(biases))
 
 
 def _overlapping(count: int, step: int, size: int) -> np.ndarray:
     """Return the positions of `count` runs of `size`, each `step` after the one before, [count, size]."""
     return np.arange(count)[:, None] * step + np.arange(size)
+
+
+def _inverse(order: np.ndarray) -> np.ndarray:
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return inverse
 
 
 class HeadPlan(NamedTuple):
@@ -250,23 +290,22 @@ def head_plan(
         window_size: int,
         num_additional: int,
         num_heads: int,
+        join_shapes: bool = False,
 ) -> HeadPlan:
     """Make the indices of `tile_plan` for rows of one head's channels."""
-    plan = tile_plan(images, row_spans, col_spans, window_size, num_additional)
+    plan = tile_plan(images, row_spans, col_spans, window_size, num_additional, join_shapes)
     num_tokens = images * (_keys(row_spans).stop * _keys(col_spans).stop + num_additional)
     heads = np.arange(num_heads)[:, None]
     queries, keys, query, key = [], [], 0, 0
-    for n, L, S in plan.groups:
+    for n, L, S, _ in plan.groups:
         queries.append(plan.queries[query:query + n * L].reshape(n, 1, L) * num_heads + heads)
         keys.append(plan.keys[key:key + n * S].reshape(n, 1, S) * (2 * num_heads) + heads)
         query, key = query + n * L, key + n * S
     order = np.concatenate([part.reshape(-1) for part in queries])
-    outputs = np.empty_like(order)
-    outputs[order] = np.arange(len(order))
     source = np.concatenate([part.reshape(-1) for part in keys])
     source = np.concatenate([source, source + num_heads])  # values lie behind keys
     counts = np.bincount(source, minlength=num_tokens * 2 * num_heads)
-    return HeadPlan(order, outputs, source, np.argsort(source, kind='stable'), np.cumsum(counts) - counts)
+    return HeadPlan(order, _inverse(order), source, np.argsort(source, kind='stable'), np.cumsum(counts) - counts)
 
 
 # Flat ranges, for graphs: no dimension is a count of windows, rows or columns alone. Those may be one, which a graph of

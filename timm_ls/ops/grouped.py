@@ -1,0 +1,56 @@
+"""Window attention of maps of a fixed size in plain operations, for graphs: the groups of `tiled`, indices as constants.
+
+Engines fuse each group's attention, read no key outside the map and fold all that depends on sizes and weights alone.
+The batch may be of any size.
+"""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+
+from .indices import on_device
+from .windows import axis_spans, head_plan, tile_plan
+
+__all__ = ['grouped_attention']
+
+
+def grouped_attention(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        additional_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        window_size: int,
+        num_heads: int,
+) -> torch.Tensor:
+    """Return `window_attention` of whole maps."""
+    B, H, W, C = q.shape
+    E, h, d = additional_kv.shape[1], num_heads, C // num_heads
+    geometry = (1, axis_spans(H, window_size), axis_spans(W, window_size), window_size, E)
+    plan = on_device(tile_plan, q.device, *geometry, True)
+    by_head = on_device(head_plan, q.device, *geometry, h, True)
+    q = q.reshape(B, H * W, C)
+    # scaled here, where there are fewest: OpenVINO would scale gathered keys, and ignores a `scale` without a mask
+    scale: Optional[float] = None
+    table: Optional[torch.Tensor] = None
+    if bias is not None:
+        q, scale = q * d ** -0.5, 1.
+        table = F.pad(bias.flatten(1), (0, 1)).index_select(1, plan.bias)  # [heads, entries]
+    rows = torch.cat([kv.reshape(B, -1, C), additional_kv.reshape(B, -1, C)], dim=1)  # keys and values in turns
+    head_rows = rows.reshape(B, -1, d)
+    outs, query, key, entry = [], 0, 0, 0
+    for n, L, S, num_biases in plan.groups:
+        queries, values = plan.queries[query:query + n * L], 2 * plan.keys[key:key + n * S] + 1
+        keys = by_head.keys[key * h:(key + n * S) * h]
+        q_win = q.index_select(1, queries).reshape(B * n, L, h, d).transpose(1, 2)
+        # engines fuse the transpose of queries and values, but not of keys
+        k_win = head_rows.index_select(1, keys).reshape(B * n, h, S, d)
+        v_win = rows.index_select(1, values).reshape(B * n, S, h, d).transpose(1, 2)
+        mask: Optional[torch.Tensor] = None
+        if table is not None:
+            mask = table[:, entry:entry + num_biases * L * S].reshape(h, num_biases, L, S).transpose(0, 1)
+            if num_biases > 1:
+                mask = mask.repeat(B, 1, 1, 1)
+        out = F.scaled_dot_product_attention(q_win, k_win, v_win, attn_mask=mask, scale=scale)
+        outs.append(out.transpose(1, 2).reshape(B, n * L, C))
+        query, key, entry = query + n * L, key + n * S, entry + num_biases * L * S
+    return torch.cat(outs, dim=1).index_select(1, plan.outputs).reshape(B, H, W, C)
