@@ -4,7 +4,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .capture import is_captured
+from .capture import is_captured, needs_plain_operations
 
 __all__ = ['attend', 'attend_heads', 'softmax']
 
@@ -31,13 +31,17 @@ def attend(
         bias: Added to the scaled logits, broadcastable to [..., heads, L, S]; with four dimensions, as torch's fused
             kernels take no fewer.
         dropout_p: Probability of dropping an attention weight.
-        fused: Use torch's `scaled_dot_product_attention`, but where it has no kernel: for a bias that learns, on a CPU.
+        fused: Use torch's `scaled_dot_product_attention`, but where it has no kernel: for a bias that learns, on a CPU,
+            and under `torch.func` and forward-mode derivatives.
 
     Returns:
         [..., heads, L, d].
     """
-    if bias is not None and bias.requires_grad and bias.device.type == 'cpu' and not is_captured():
-        fused = False  # torch would take a plain form of its own, slower as it looks for masked rows
+    if not is_captured():
+        if bias is not None and bias.requires_grad and bias.device.type == 'cpu':
+            fused = False  # torch would take a plain form of its own, slower as it looks for masked rows
+        if needs_plain_operations():
+            fused = False  # torch's kernels have no forward derivative, and a transform hides what requires a gradient
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
