@@ -201,7 +201,7 @@ class LongShortAttention(nn.Module):
             g = self.num_global_tokens
             k, v = torch.cat([k[:, :g], out], dim=1), torch.cat([v[:, :g], out], dim=1)
         dropout_p = self.attn_drop.p if self.training else 0.
-        return attend_heads(q, k, v, None, self.num_heads, dropout_p, self.fused_attn)
+        return attend_heads(q, k, v, None, self.num_heads, dropout_p, self.fused_attn, second_order=True)
 
 
 class LongShortAttention2d(MapInterface, LongShortAttention):
