@@ -200,7 +200,7 @@ def backward(
         grad_kv[tile.keys] += grad_maps
         grad_additional[tile.images] += grad_tokens
     grad_bias = q.new_empty(0) if bias is None or grad_table is None else (
-        grad_table[:, :-1].to(bias.dtype).reshape(bias.shape))
+        grad_table[:, :-1].to(bias.dtype).contiguous().view(bias.shape))
     return grad_q, grad_kv, grad_additional.to(kv.dtype), grad_bias
 
 
