@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 import timm
 import torch
 from PIL import Image
@@ -13,7 +14,6 @@ from PIL import Image
 import timm_ls.__main__
 from timm_ls.__main__ import main, open_image, principal_colours, timm_ls_models
 
-ROOT = Path(__file__).parent.parent
 
 
 def test_sample_photo(tmp_path, monkeypatch, capsys):

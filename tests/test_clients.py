@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 import timm
 import torch
 import torchvision
@@ -25,7 +26,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import timm_ls.streaming
 
-ROOT = Path(__file__).parent.parent
 NAME = 'vil_ls_small'
 
 both_families = pytest.mark.parametrize('name', [NAME, 'cvt_ls_13'])  # of four levels, and of three

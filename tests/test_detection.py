@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 import timm
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from timm_ls.detection import fasterrcnn_fpn, fcos_fpn, maskrcnn_fpn, retinanet_fpn
 from timm_ls.segmentation import upernet
 
-ROOT = Path(__file__).parent.parent
 DETECTORS = [fasterrcnn_fpn, maskrcnn_fpn, retinanet_fpn, fcos_fpn]
 BACKBONES = ['test_vil_ls', 'test_cvt_ls', 'resnet10t']
 # the first two of other proportions than the last two; torchvision pads a batch to multiples of 32

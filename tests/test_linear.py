@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 import timm
 import torch
 import torch.nn as nn
@@ -19,7 +20,6 @@ import timm_ls.linear
 from timm_ls import linear_implementation
 from timm_ls.linear import OneDnnLinear, is_faster, linear_mode
 
-ROOT = Path(__file__).parent.parent
 MODELS = ['vil_ls_small', 'vil_ls_small_hires', 'cvt_ls_13']
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='this torch has no oneDNN')
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 import timm
 import torch
 
@@ -22,7 +23,6 @@ import timm_ls  # noqa: F401 registers the models
 import timm_ls.window
 from timm_ls.benchmark import Setting, resident_bytes, run_peak_memory
 
-ROOT = Path(__file__).parent.parent
 MODELS = ('vil_ls_small_hires', 'cvt_ls_13')
 FORMULA_SIZES = ((224, 224), (384, 640), (512, 512), (800, 1333), (1024, 1024), (1536, 1536), (2048, 2048))
 

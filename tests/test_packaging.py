@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 
 
 def call(*command, cwd=ROOT, timeout=550, **env):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import RECIPES, ROOT
 import timm
 import torch
 from PIL import Image
@@ -21,8 +22,6 @@ from safetensors.torch import load_file
 import timm_ls
 from timm_ls.backbone import PyramidTransformer
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / 'notebooks' / 'recipes'
 NEEDS = {'hf_trainer': ['transformers', 'accelerate'], 'lightning_finetune': ['lightning'], 'fsdp': []}
 SMALL = ['--model', 'test_vil_ls', '--img-size', '64', '--epochs', '2', '--batch-size', '4', '--workers', '0',
          '--log-steps', '1', '--lr', '1e-3', '--drop-path', '.3']

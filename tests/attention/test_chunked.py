@@ -4,11 +4,11 @@ import random
 import pytest
 import torch
 from small_models import perturbed
+from timm_ls.streaming import image_groups, may_go_by_pieces, row_pieces
 
 import timm_ls
 from timm_ls import attention_implementation
 from timm_ls.cvt_ls import ConvGlobalAttention2d
-from timm_ls.streaming import image_groups, may_go_by_pieces, row_pieces
 
 VARIANTS = {
     'vil_ls_tiny': {},

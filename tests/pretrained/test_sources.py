@@ -18,6 +18,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from paths import ROOT
 import timm
 import torch
 from hub_server import TOKEN, Hub
@@ -35,7 +36,6 @@ from timm_ls.vil_ls import (
     checkpoint_filter_fn,
 )
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).with_name('golden')
 MODEL = 'test_vil_ls'
 NAME = f'{MODEL}.digits'
