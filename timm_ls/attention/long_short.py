@@ -9,9 +9,8 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import use_fused_attn
 
-from ..ops.attend import attend_heads
 from ..ops.autocast import cast_once
-from ..ops.merge import pool_tokens
+from ..ops.merge import attend_few, pool_tokens
 from ..ops.window_attention import window_attention
 from ..ops.windows import halo_width
 from .layers import LayerNorm, MapInterface, check_heads, check_tokens
@@ -20,7 +19,7 @@ from .rel_pos import RelPosBias2d, position_bias
 __all__ = ['LongShortAttention', 'LongShortAttention2d']
 
 # torch.fx knows neither sizes nor devices
-torch.fx.wrap('attend_heads')
+torch.fx.wrap('attend_few')
 torch.fx.wrap('cast_once')
 torch.fx.wrap('check_tokens')
 torch.fx.wrap('pool_tokens')
@@ -201,7 +200,7 @@ class LongShortAttention(nn.Module):
             g = self.num_global_tokens
             k, v = torch.cat([k[:, :g], out], dim=1), torch.cat([v[:, :g], out], dim=1)
         dropout_p = self.attn_drop.p if self.training else 0.
-        return attend_heads(q, k, v, None, self.num_heads, dropout_p, self.fused_attn, second_order=True)
+        return attend_few(q, k, v, self.num_heads, dropout_p, self.fused_attn)
 
 
 class LongShortAttention2d(MapInterface, LongShortAttention):

@@ -58,15 +58,8 @@ def attend_heads(
         num_heads: int,
         dropout_p: float,
         fused: bool,
-        second_order: bool = False,
 ) -> torch.Tensor:
-    """Return `attend` of queries [B, L, C] to keys and values [B, S, C], bias [1, heads, L, S], as [B, L, C].
-
-    With `second_order`, gradients have gradients, which those of torch's fused kernels have not: for a few queries, and
-    not in half precision, where the plain form would lose sums over many keys.
-    """
-    if second_order and torch.is_grad_enabled() and q.element_size() >= 4 and not is_captured():
-        fused = False
+    """Return `attend` of queries [B, L, C] to keys and values [B, S, C], bias [1, heads, L, S], as [B, L, C]."""
     q = q.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     k = k.unflatten(-1, (num_heads, -1)).transpose(1, 2)
     v = v.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -8,13 +8,13 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .attend import softmax
+from .attend import attend_heads, softmax
 from .autocast import without_autocast
-from .capture import needs_plain_operations
+from .capture import is_captured, needs_plain_operations
 from .chunks import chunk_bytes, equal_chunks
 from .derivatives import differentiable_gradients
 
-__all__ = ['SoftmaxSum', 'pool_tokens', 'query_logits', 'softmax_sum']
+__all__ = ['SoftmaxSum', 'attend_few', 'pool_tokens', 'query_logits', 'softmax_sum']
 
 
 class SoftmaxSum(NamedTuple):
@@ -123,6 +123,25 @@ def pool_plain(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> to
     weights = softmax(logits.transpose(1, 2), dim=2)  # torch is slow along other dimensions than the last
     sums = weighted_sums(weights.unflatten(1, (num_heads, -1)), values)
     return sums.permute(1, 3, 0, 2, 4).flatten(3).to(values.dtype)
+
+
+def attend_few(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """Return `attend_heads` of a few queries, without a bias: their gradients are sums over all keys.
+
+    torch's fused kernels have no gradients of gradients, and on a CPU they add up half-precision ones as they are.
+    """
+    if not torch.jit.is_scripting():
+        is_exact = q.element_size() >= 4 or q.device.type == 'cpu'
+        if torch.is_grad_enabled() and dropout_p == 0. and is_exact and not is_captured():
+            return pool_tokens(query_logits(q, k, num_heads), v[:, :, None], num_heads)[:, :, 0]
+    return attend_heads(q, k, v, None, num_heads, dropout_p, fused)
 
 
 class _PoolTokens(torch.autograd.Function):
