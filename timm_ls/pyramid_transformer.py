@@ -24,6 +24,7 @@ from ._compat import feature_take_indices, update_model_input_size
 from .attention.chunked import forward_in_chunks, runs_in_chunks
 from .attention.full import FullAttention
 from .attention.layers import LayerNorm
+from .linear import as_now
 from .ops.capture import ceil_div, is_captured
 from .pretrained.checkpoint import check_state_dict
 
@@ -179,10 +180,10 @@ class Stage(nn.Module):
 def in_this_context(module: nn.Module) -> Callable[..., Any]:
     """Return a module that, whenever it is called, sees what context variables hold now.
 
-    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention has to be computed in the
-    same way then.
+    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention and linear layers have to be
+    computed in the same way then.
     """
-    return module if is_captured() else partial(copy_context().run, module)
+    return module if is_captured() else partial(copy_context().run, as_now(module))
 
 
 class PyramidTransformer(nn.Module):
