@@ -119,7 +119,7 @@ class DepthwiseConvNorm(nn.Module):
         if is_captured():
             x = x.contiguous()  # BatchNorm over a channels-last map of unknown size is not exported
         x = self.norm(self.conv(x))
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.dim, self.parts)
+        return x.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[2] * x.shape[3], self.dim, self.parts)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:

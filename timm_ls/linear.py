@@ -31,7 +31,7 @@ MIN_SIDE = 8  # of the map that tokens are viewed as: the gradients of thinner o
 def linear_implementation(name: str) -> Iterator[None]:
     """Choose how linear layers are computed, of any model: in float32, on a CPU, in eager mode.
 
-    Weights and results stay the same, up to rounding. Of other models than ours, checkpointed layers do not work within:
+    Weights and results stay the same, up to rounding. Checkpointed layers of other models than ours do not work within:
     torch computes them again, in the backward pass, where it is not seen.
 
     Args:

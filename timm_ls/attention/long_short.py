@@ -174,7 +174,7 @@ class LongShortAttention(nn.Module):
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of g global tokens and a map."""
         q, kv = self.qkv(x).split([self.dim, 2 * self.dim], dim=-1)
-        return q, self.norm_kv(kv.reshape(x.shape[0], -1, 2, self.dim))
+        return q, self.norm_kv(kv.reshape(x.shape[0], x.shape[1], 2, self.dim))
 
     def landmarks(self, logits: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values of the map, [B, N, 2, C], by logits [B, N, num_heads * rank] into [B, rank, 2, C]."""
