@@ -2,18 +2,16 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import ROOT
 import timm
 import torch
+from paths import ROOT
 from PIL import Image
 
 import timm_ls.__main__
 from timm_ls.__main__ import main, open_image, principal_colours, timm_ls_models
-
 
 
 def test_sample_photo(tmp_path, monkeypatch, capsys):

@@ -13,18 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import ROOT
 import timm
+import timm_ls.streaming
 import torch
 import torchvision
+from paths import ROOT
 from PIL import Image
 from small_models import create, small_args
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
-
-import timm_ls.streaming
 
 NAME = 'vil_ls_small'
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from paths import ROOT
 import timm
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 
 from timm_ls.detection import fasterrcnn_fpn, fcos_fpn, maskrcnn_fpn, retinanet_fpn
 from timm_ls.segmentation import upernet
