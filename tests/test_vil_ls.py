@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ls
+from timm_ls.attention.rel_pos import resize_bias_table
 from timm_ls.complexity import count_macs, count_parameters
 from timm_ls.pretrained.checkpoint import unwrap_state_dict
 from timm_ls.vil_ls import RELEASED_ATTENTION_NAMES, RELEASED_MLP_NAMES, RELEASED_STAGE_NAMES, rename_released
@@ -370,9 +371,23 @@ def test_only_foreign_weights_are_converted():
     ours = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     model.load_state_dict(ours, assign=True)
     assert all(p.data_ptr() == ours[name].data_ptr() for name, p in model.named_parameters())
-    other = small_model(img_size=64)
-    with pytest.raises(RuntimeError, match='size mismatch for stages.2.blocks.0.attn.rel_pos.table'):
-        other.load_state_dict(ours)
+    with pytest.raises(RuntimeError, match=r'size mismatch for stages.2.blocks.0.attn.rel_pos.table.*\[2, 27, 27\]'):
+        model.load_state_dict({**ours, 'stages.2.blocks.0.attn.rel_pos.table': torch.zeros(2, 27, 27)})
+
+
+def test_tables_of_another_grid_are_resized():
+    """By `load_state_dict` too, and nothing else is touched: timm's `--initial-checkpoint` goes this way."""
+    model, other = small_model(img_size=64), small_model(img_size=(96, 160))
+    weights = {name: value + 1 for name, value in model.state_dict().items()}
+    given = dict(weights)
+    other.load_state_dict(weights)
+    assert all(weights[name] is value for name, value in given.items())
+    for name, value in other.state_dict().items():
+        if name.startswith(('stages.2', 'stages.3')) and name.endswith('.rel_pos.table'):
+            assert value.shape != weights[name].shape
+            torch.testing.assert_close(value, resize_bias_table(weights[name], tuple(value.shape[1:])))
+        else:
+            assert torch.equal(value, weights[name]), name
 
 
 def test_registry():

@@ -568,8 +568,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     if any(name.startswith(CVT_PREFIXES) for name in weights):
         return merge_convolutions({rename_cvt(name): value for name, value in weights.items()}, model)
 
-    resize_tables(weights, model)
-    return weights
+    return dict(resize_tables(weights, model))
 
 
 def _create_cvt_ls(variant: str, pretrained: bool = False, **kwargs: Any) -> CvtLs:

@@ -24,6 +24,7 @@ from ._compat import feature_take_indices, update_model_input_size
 from .attention.chunked import forward_in_chunks, runs_in_chunks
 from .attention.full import FullAttention
 from .attention.layers import LayerNorm
+from .attention.rel_pos import resize_tables
 from .linear import as_now
 from .ops.capture import ceil_div, is_captured
 from .pretrained.checkpoint import check_state_dict
@@ -396,6 +397,8 @@ class PyramidTransformer(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does; those of the original authors are recognized by their names and converted first.
 
+        Bias tables of another grid are resized: timm's `checkpoint_path` (`--initial-checkpoint`) goes this way.
+
         Raises:
             RuntimeError: With `strict`, if the weights belong to another architecture; for the authors' weights the
                 message names the first differences.
@@ -404,6 +407,8 @@ class PyramidTransformer(nn.Module):
             state_dict = self.convert_state_dict(dict(state_dict))
             if strict:
                 check_state_dict(state_dict, self)
+        else:
+            state_dict = resize_tables(state_dict, self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore
