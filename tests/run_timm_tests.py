@@ -23,7 +23,7 @@ import timm.models
 from safetensors.torch import save_file
 
 import timm_ls  # noqa: F401 registers the models
-from timm_ls.pretrained import cached_files, catalogue
+from timm_ls.pretrained.sources import cached_files, catalogue
 
 FILES = ('test_models.py', 'test_model_input.py')
 

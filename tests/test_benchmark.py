@@ -120,18 +120,17 @@ def test_step(changes):
 
 @pytest.mark.parametrize('linear', benchmark.LINEAR)
 def test_linear_layers(linear, monkeypatch):
-    """Of all models alike: forced, ours go the same way as others."""
+    """Of all models alike, as told."""
     calls = []
     convolve = timm_ls.linear.convolve
     monkeypatch.setattr(timm_ls.linear, 'convolve', lambda *args: calls.append(1) or convolve(*args))
-    monkeypatch.setattr(timm_ls.linear, 'is_faster', lambda train: True)
-    for name, chosen in (('vil_ls_tiny_hires', ('auto', 'onednn')), ('test_vit', ('onednn',))):
+    for name in ('vil_ls_tiny_hires', 'test_vit'):
         where = setting(linear=linear, batch_size=16)
         make_step(build(name, where), where)()
-        assert bool(calls) == (linear in chosen), name
+        assert bool(calls) == (linear == 'onednn'), name
         calls.clear()
     assert where.kind() == 'forward, batch 16, float32, eager' + (
-        '' if linear == 'auto' else f', {linear} linear layers')
+        '' if linear == 'default' else f', {linear} linear layers')
 
 
 def test_turns(monkeypatch):

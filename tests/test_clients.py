@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import timm_ls.streaming
 import torch
 import torchvision
+from paths import ROOT
 from PIL import Image
 from small_models import create, small_args
 from timm.optim import create_optimizer_v2
@@ -23,9 +25,6 @@ from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
-import timm_ls.streaming
-
-ROOT = Path(__file__).parent.parent
 NAME = 'vil_ls_small'
 
 both_families = pytest.mark.parametrize('name', [NAME, 'cvt_ls_13'])  # of four levels, and of three

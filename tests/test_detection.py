@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from paths import ROOT
 
 from timm_ls.detection import fasterrcnn_fpn, fcos_fpn, maskrcnn_fpn, retinanet_fpn
 from timm_ls.segmentation import upernet
 
-ROOT = Path(__file__).parent.parent
 DETECTORS = [fasterrcnn_fpn, maskrcnn_fpn, retinanet_fpn, fcos_fpn]
 BACKBONES = ['test_vil_ls', 'test_cvt_ls', 'resnet10t']
 # the first two of other proportions than the last two; torchvision pads a batch to multiples of 32
@@ -142,7 +142,7 @@ def test_arguments_reach_the_backbone_and_the_detector(constructor):
         'test_vil_ls', num_classes=3, pretrained_backbone=True,
         trainable_backbone_layers=1, image_mean=[.1, .2, .3], backbone_kwargs=dict(out_channels=32, drop_path_rate=.5))
     assert model.backbone.trainable_layers == 1 and model.backbone.out_channels == 32
-    assert model.backbone.body.stages_3.blocks[0].drop_path_rate == .5
+    assert model.backbone.body.stages_3.blocks[0].drop_path1.drop_prob == .5
     weights = timm.create_model('test_vil_ls', pretrained=True).state_dict()
     assert torch.equal(model.backbone.body.stages_0.embed.proj.weight, weights['stages.0.embed.proj.weight'])
     assert model.transform.image_mean == [.1, .2, .3]
@@ -199,7 +199,7 @@ def test_segmenter(name):
 def test_arguments_reach_the_backbone_and_the_segmenter():
     pytest.importorskip('segmentation_models_pytorch')
     segmenter = upernet('test_vil_ls', num_classes=3, decoder_channels=16, backbone_kwargs=dict(drop_path_rate=.5))
-    assert segmenter.body.stages_3.blocks[0].drop_path_rate == .5
+    assert segmenter.body.stages_3.blocks[0].drop_path1.drop_prob == .5
     assert segmenter.model.segmentation_head[0].weight.shape[:2] == (3, 16)
 
 

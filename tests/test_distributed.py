@@ -3,11 +3,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from paths import HELPERS, ROOT
 
 
 @pytest.fixture(scope='module')
@@ -15,7 +13,7 @@ def reports():
     """What two processes find out about both families."""
     command = [
         sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-        str(ROOT / 'tests' / 'distributed_worker.py'), 'vil_ls_small', 'cvt_ls_13']
+        str(HELPERS / 'distributed_worker.py'), 'vil_ls_small', 'cvt_ls_13']
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr[-5000:]

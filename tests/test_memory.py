@@ -6,23 +6,24 @@
 """
 import ctypes
 import gc
+import inspect
 import os
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from paths import ROOT
 
 import timm_ls  # noqa: F401 registers the models
-import timm_ls.window
+from timm_ls.attention import rel_pos
 from timm_ls.benchmark import Setting, resident_bytes, run_peak_memory
+from timm_ls.ops import windows
 
-ROOT = Path(__file__).parent.parent
 MODELS = ('vil_ls_small_hires', 'cvt_ls_13')
 FORMULA_SIZES = ((224, 224), (384, 640), (512, 512), (800, 1333), (1024, 1024), (1536, 1536), (2048, 2048))
 
@@ -91,14 +92,19 @@ def readme_formula() -> dict:
 
 
 def test_caches_are_bounded():
-    """However many sizes are seen, what is remembered of them has a limit."""
-    cached = [value for value in vars(timm_ls.window).values() if hasattr(value, 'cache_info')]
-    assert cached == [timm_ls.window.axis_spans]
-    limit = timm_ls.window.axis_spans.cache_info().maxsize
-    assert limit is not None
-    for size in range(1, limit + 200):
-        timm_ls.window.axis_spans(size, 7)
-    assert timm_ls.window.axis_spans.cache_info().currsize == limit
+    """Whatever remembers anything has a limit, and keeps to it however many sizes are seen."""
+    caches = {
+        f'{name}.{key}': value for name, module in sys.modules.items() if name.startswith('timm_ls.')
+        for key, value in vars(module).items() if hasattr(value, 'cache_info') and value.__module__ == name}
+    assert {'timm_ls.ops.windows.axis_spans', 'timm_ls.ops.windows.tile_plan'} <= caches.keys()
+    assert all(cache.cache_info().maxsize is not None or not inspect.signature(cache).parameters
+               for cache in caches.values()), caches
+    for cache, make in ((windows.axis_spans, lambda size: windows.axis_spans(size, 7)),
+                        (rel_pos.position_index, lambda size: rel_pos.position_index(1, 1, 1, size, 1))):
+        limit = cache.cache_info().maxsize
+        for size in range(1, limit + 200):
+            make(size)
+        assert cache.cache_info().currsize == limit
 
 
 @pytest.mark.parametrize('coefficients', [(300., 2e7, 100.), (200., 1e7, 150.)])

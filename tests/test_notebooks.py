@@ -2,13 +2,12 @@
 import json
 import os
 import re
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pip install 'timm-ls[notebooks]'")
 
-ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ['attention_maps', 'detection', 'finetune', 'high_resolution', 'quickstart', 'segmentation']
 # what a model of ours has to reach on held-out images, at least
 FIGURES = {'detection': {'box mAP@0.5': .6, 'mask mAP@0.5': .5}, 'segmentation': {'mIoU': .7}}

@@ -7,8 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from paths import ROOT
 
 
 def call(*command, cwd=ROOT, timeout=550, **env):
@@ -73,7 +72,7 @@ def test_types(tmp_path):
     mypy = (sys.executable, '-m', 'mypy', '--strict', '--config-file', os.devnull, '--ignore-missing-imports',
             '--follow-imports', 'silent', '--cache-dir', tmp_path / 'cache', script)
     printed = call(*mypy, cwd=tmp_path, MYPYPATH=ROOT)
-    for seen in ('torch._tensor.Tensor', 'timm_ls.vil_ls.VilLs', 'timm_ls.warm_start.WarmStart'):
+    for seen in ('torch._tensor.Tensor', 'timm_ls.vil_ls.VilLs', 'timm_ls.pretrained.warm_start.WarmStart'):
         assert seen in printed
     script.write_text(USER_SCRIPT + "timm_ls.LongShortAttention2d(dim='96')\n")
     result = subprocess.run(

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from paths import HELPERS, RECIPES, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
 import timm_ls
-from timm_ls.backbone import PyramidTransformer
+from timm_ls.pyramid_transformer import PyramidTransformer
 
-ROOT = Path(__file__).parent.parent
-RECIPES = ROOT / 'notebooks' / 'recipes'
 NEEDS = {'hf_trainer': ['transformers', 'accelerate'], 'lightning_finetune': ['lightning'], 'fsdp': []}
 SMALL = ['--model', 'test_vil_ls', '--img-size', '64', '--epochs', '2', '--batch-size', '4', '--workers', '0',
          '--log-steps', '1', '--lr', '1e-3', '--drop-path', '.3']
@@ -78,7 +77,7 @@ def environment():
 
 def run_killed(step, script, *arguments):
     """Run a script that is killed in a step of training."""
-    command = [sys.executable, ROOT / 'tests' / 'killed_run.py', step, script, *arguments]
+    command = [sys.executable, HELPERS / 'killed_run.py', step, script, *arguments]
     env = dict(environment(), **alone() if Path(script).stem == 'fsdp' else {})
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]

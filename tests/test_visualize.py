@@ -8,8 +8,9 @@ import torch
 from small_models import perturbed
 
 import timm_ls
-from timm_ls import GlobalAttention2d, LongShortAttention2d
-from timm_ls.rel_pos import position_bias
+from timm_ls import LongShortAttention2d
+from timm_ls.attention import FullAttention, LongShortAttention
+from timm_ls.attention.full import grid_bias
 from timm_ls.visualize import (
     attention_rollout,
     landmark_maps,
@@ -34,15 +35,15 @@ def build(variant: str):
 
 
 def inputs_and_outputs(model, image):
-    """What each attention layer gets, and what it hands to its last linear layer for the map."""
+    """What each attention layer gets, and what it hands to its last linear layer."""
     calls, handles = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, (LongShortAttention2d, GlobalAttention2d)):
-            calls[name] = dict(layer=module, outs=[])
+        if isinstance(module, (LongShortAttention, FullAttention)):
+            calls[name] = dict(layer=module)
             handles.append(module.register_forward_pre_hook(
-                lambda module, args, to=calls[name]: to.update(x=args[0], tokens=args[1])))
+                lambda module, args, to=calls[name]: to.update(x=args[0], size=args[1])))
             handles.append(module.proj.register_forward_pre_hook(
-                lambda module, args, to=calls[name]: to['outs'].append(args[0])))
+                lambda module, args, to=calls[name]: to.update(out=args[0])))
     with torch.no_grad():
         model(image[None])
     for handle in handles:
@@ -57,15 +58,16 @@ def test_weights_give_the_outputs(variant):
     model, image = build(variant), torch.randn(3, 90, 62, dtype=torch.float64)
     maps = landmark_maps(model, image)
     calls = inputs_and_outputs(model, image)
-    assert list(maps) == [name for name, call in calls.items() if isinstance(call['layer'], LongShortAttention2d)]
+    assert list(maps) == [name for name, call in calls.items() if isinstance(call['layer'], LongShortAttention)]
     for name, landmarks in maps.items():
-        layer, x, tokens, out = (calls[name][key] for key in ('layer', 'x', 'tokens', 'outs'))
-        H, W, h = x.shape[1], x.shape[2], layer.num_heads
+        layer, x, (H, W), out = (calls[name][key] for key in ('layer', 'x', 'size', 'out'))
+        h, g = layer.num_heads, layer.num_global_tokens
         assert landmarks.shape == (h, layer.rank, H, W)
         torch.testing.assert_close(landmarks.sum((2, 3)), torch.ones(h, layer.rank, dtype=x.dtype))
         with torch.no_grad():
-            kv = layer.norm_kv(layer.project(x)[..., layer.dim:].unflatten(-1, (2, layer.dim)))
-            values = kv[0, :, :, 1].unflatten(-1, (h, -1))
+            _, kv = layer.project(x, (H, W), g)
+            own = kv[0, :g, 1].unflatten(-1, (h, -1))
+            values = kv[0, g:, 1].unflatten(0, (H, W)).unflatten(-1, (h, -1))
             landmark_values = torch.einsum('hrij,ijhd->rhd', landmarks, values).flatten(1)
             landmark_values = layer.norm_landmarks(landmark_values).unflatten(-1, (h, -1))
             for position in [(0, 0), (H - 1, W - 1)] + [(rng.randrange(H), rng.randrange(W)) for _ in range(3)]:
@@ -74,29 +76,24 @@ def test_weights_give_the_outputs(variant):
                 torch.testing.assert_close(total, torch.ones_like(total))
                 expected = torch.einsum('hij,ijhd->hd', attention.window, values)
                 expected += torch.einsum('hr,rhd->hd', attention.landmarks, landmark_values)
-                if layer.num_global_tokens > 0:
-                    own = layer.norm_kv(layer.project_global(tokens)[0, :, 2 * layer.dim:]).unflatten(-1, (h, -1))
-                    expected += torch.einsum('hg,ghd->hd', attention.global_tokens, own)
-                torch.testing.assert_close(out[0][0][position], expected.flatten(), rtol=0, atol=1e-10)
+                expected += torch.einsum('hg,ghd->hd', attention.global_tokens, own)
+                row = g + position[0] * W + position[1]
+                torch.testing.assert_close(out[0, row], expected.flatten(), rtol=0, atol=1e-10)
 
 
 def attention_matrix(model, image, name, call):
     """Weights [N, N] of one layer, averaged over heads, landmarks spread over what they were distilled from."""
-    layer, x = call['layer'], call['x']
-    H, W = x.shape[1:3]
-    if isinstance(layer, LongShortAttention2d):
+    layer, x, (H, W) = call['layer'], call['x'], call['size']
+    if isinstance(layer, LongShortAttention):
         maps = landmark_maps(model, image)[name]
         rows = [query_attention(model, image, name, (i, j)).over_map(maps).mean(0) for i in range(H) for j in range(W)]
         return torch.stack(rows).flatten(1)
     h, s, g = layer.num_heads, layer.kv_stride, layer.num_global_tokens
     with torch.no_grad():
-        q, k, _ = (part[0].unflatten(-1, (h, -1)) for part in layer.project(x, call['tokens']))
-        logits = torch.einsum('qhd,khd->hqk', q[g:], k) * layer.head_dim ** -.5
+        q, k, _ = (part[0].unflatten(-1, (h, -1)) for part in layer.project(x, (H, W), g))
+        logits = torch.einsum('qhd,khd->hqk', q[g:], k) * (layer.dim // h) ** -.5
         if layer.rel_pos is not None:
-            bias = position_bias(layer.rel_pos((H, W), (H, W))[0], (H, W), (H, W))
-            logits[..., g:] += bias[..., ::s, ::s].flatten(3).flatten(1, 2)
-            if g > 0:
-                logits[..., :g] += layer.rel_pos.global_patch[1][:, None]
+            logits += grid_bias(layer.biases((H, W)), (H, W), 0, H, s)[0, :, g:]
     weights = logits.softmax(-1)[..., g:].mean(0)  # [N, keys]
     matrix = torch.zeros(H, W, H * W, dtype=x.dtype).permute(2, 0, 1)
     matrix[:, ::s, ::s] = weights.unflatten(1, matrix[:, ::s, ::s].shape[1:])
@@ -110,7 +107,7 @@ def test_rollout(variant):
     calls = inputs_and_outputs(model, image)
     relevance, grid = None, None
     for name, call in reversed(calls.items()):
-        H, W = call['x'].shape[1:3]
+        H, W = call['size']
         if relevance is None:
             relevance, grid = torch.ones(H * W, dtype=torch.float64), (H, W)
         if grid != (H, W):
@@ -125,6 +122,32 @@ def test_rollout(variant):
     actual = attention_rollout(model, image)
     assert actual.shape == grid
     torch.testing.assert_close(actual.flatten(), relevance, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize('g', [0, 2])
+def test_layers_over_maps(g):
+    """A layer that is called with a map and global tokens apart, in a model of one's own, says what its twin says."""
+    layer = LongShortAttention2d(8, 2, window_size=3, num_global_tokens=g, dtype=torch.float64)
+    twin = LongShortAttention(8, 2, window_size=3, num_global_tokens=g, dtype=torch.float64)
+    twin.load_state_dict(layer.state_dict())
+    tokens = torch.randn(1, g, 8, dtype=torch.float64)
+
+    class Mine(torch.nn.Module):
+        def __init__(self, attn):
+            super().__init__()
+            self.attn = attn
+
+        def forward(self, x):
+            x = x.permute(0, 2, 3, 1)
+            if self.attn is layer:
+                return self.attn(x, tokens) if g > 0 else self.attn(x)
+            return self.attn(torch.cat([tokens, x.flatten(1, 2)], dim=1), x.shape[1:3])
+
+    image = torch.randn(8, 5, 7, dtype=torch.float64)
+    results = [
+        [*query_attention(model, image, 'attn', (4, 2)), landmark_maps(model, image)['attn']]
+        for model in (Mine(layer), Mine(twin))]
+    assert all(map(torch.equal, *results)) and results[0][0].shape == (2, 5, 7)
 
 
 def test_leaves_no_trace():

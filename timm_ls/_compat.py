@@ -1,5 +1,5 @@
 """Private names of torch, timm and the hub client that this package uses, each with why no public one serves."""
-from typing import Any
+from typing import Any, List
 
 import torch
 from huggingface_hub.file_download import http_get  # resumes a broken download; the public ones want a hub repository
@@ -9,8 +9,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 __all__ = [
-    'fake_mode', 'feature_take_indices', 'functorch_is_active', 'has_hooks', 'http_get', 'is_fake_mode', 'is_in_forward_mode', 'softmax_backward',
-    'update_model_input_size']
+    'fake_mode',
+    'feature_take_indices',
+    'function_modes',
+    'functorch_is_active',
+    'has_hooks',
+    'http_get',
+    'is_fake_mode',
+    'is_in_forward_mode',
+    'softmax_backward',
+    'update_model_input_size',
+]
 
 
 def functorch_is_active() -> bool:
@@ -21,6 +30,11 @@ def functorch_is_active() -> bool:
 def is_in_forward_mode() -> bool:
     """Whether forward-mode derivatives may be asked for: within `forward_ad.dual_level()`."""
     return forward_ad._current_level >= 0
+
+
+def function_modes() -> List[Any]:
+    """The active `TorchFunctionMode`s of this thread; the public ones tell nobody but their own kind."""
+    return torch.overrides._get_current_function_mode_stack()
 
 
 def softmax_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
@@ -32,14 +31,14 @@ from tqdm import tqdm
 
 from .cli import available_device, import_matplotlib, output_file, synchronize
 from .complexity import count_macs
-from .linear import OneDnnLinear, linear_implementation
+from .linear import linear_implementation
 
 __all__ = ['main']
 
 MODES = ('forward', 'train')
 DTYPES = ('float32', 'bfloat16', 'float16')
 EXECUTIONS = ('eager', 'compiled', 'channels_last')
-LINEAR = ('auto', 'default', 'onednn')
+LINEAR = ('default', 'onednn')
 RELEASED = 'released:'  # label of the authors' code, in front of the name of our model
 # glibc never hands a block back to the system, and so never maps and clears its pages again
 TUNED_ALLOCATOR = {'MALLOC_MMAP_THRESHOLD_': str(2 ** 34), 'MALLOC_TRIM_THRESHOLD_': str(2 ** 34)}
@@ -57,11 +56,11 @@ class Setting:
     width: int
     device: str
     reference: Optional[str]  # the authors' imagenet/ folder
-    linear: str = 'auto'
+    linear: str = 'default'
 
     def kind(self) -> str:
         """All but the image size, as text."""
-        linear = '' if self.linear == 'auto' else f', {self.linear} linear layers'
+        linear = '' if self.linear == 'default' else f', {self.linear} linear layers'
         return f'{self.mode}, batch {self.batch_size}, {self.dtype}, {self.execution}{linear}'
 
 
@@ -112,9 +111,8 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
                         help='float32, or autocast to another (default: float32)')
     parser.add_argument('--execution', nargs='+', choices=EXECUTIONS, default=['eager'],
                         help='how models run; several are compared (default: eager)')
-    parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['auto'],
-                        help="linear layers on a CPU: our models' own choice (auto), torch's (default) or oneDNN's"
-                             ' (onednn), the last two for all models (default: auto)')
+    parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['default'],
+                        help="linear layers of all models in float32 on a CPU: torch's (default) or oneDNN's (onednn)")
     parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
     parser.add_argument('--allocator', choices=('default', 'tuned'), default='default',
                         help="tuned: with glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised")
@@ -224,14 +222,6 @@ def released_architecture(model: nn.Module) -> str:
     return '_'.join(stages)
 
 
-@contextmanager
-def linear_layers(name: str) -> Iterator[None]:
-    """Compute the linear layers of any model as the setting says."""
-    with linear_implementation('auto' if name == 'auto' else 'default'):
-        with OneDnnLinear() if name == 'onednn' else nullcontext():
-            yield
-
-
 def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     """A function that runs the model once in the given setting and returns the logits."""
     device = torch.device(setting.device)
@@ -245,7 +235,7 @@ def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     autocast = torch.autocast(device.type, getattr(torch, setting.dtype), enabled=setting.dtype != 'float32')
 
     def step() -> torch.Tensor:
-        with torch.set_grad_enabled(setting.mode == 'train'), autocast, linear_layers(setting.linear):
+        with torch.set_grad_enabled(setting.mode == 'train'), autocast, linear_implementation(setting.linear):
             logits = run(x)
             if setting.mode == 'train':
                 loss = F.cross_entropy(logits.float(), target)

@@ -8,7 +8,7 @@ leaves open follows CvT, and each entrypoint says how far that goes.
 """
 import re
 from functools import partial
-from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Final, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.fx
@@ -120,7 +120,7 @@ class DepthwiseConvNorm(nn.Module):
         if is_captured():
             x = x.contiguous()  # BatchNorm over a channels-last map of unknown size is not exported
         x = self.norm(self.conv(x))
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, self.dim, self.parts)
+        return x.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[2] * x.shape[3], self.dim, self.parts)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -569,8 +569,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     if any(name.startswith(CVT_PREFIXES) for name in weights):
         return merge_convolutions({rename_cvt(name): value for name, value in weights.items()}, model)
 
-    resize_tables(weights, model)
-    return weights
+    return dict(resize_tables(weights, model))
 
 
 def _create_cvt_ls(variant: str, pretrained: bool = False, **kwargs: Any) -> CvtLs:

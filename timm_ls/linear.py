@@ -1,9 +1,9 @@
 """Linear layers by oneDNN, for those who ask for it: exact float32 on a CPU, whatever modules and weights a model has.
 
 On some CPUs (AMD's, with torch built on MKL) torch's float32 products run at about half of oneDNN's rate, which torch
-takes for convolutions: a linear layer is a 1 x 1 convolution of a channels-last map. Calls of `F.linear` are seen within
-`linear_implementation('onednn')`: modules stay torch's own, and LoRA, quantised weights and hooks work. Compare with
-`python -m timm_ls.benchmark MODEL --linear default onednn`.
+takes for convolutions: a linear layer is a 1 x 1 convolution of a channels-last map. Calls of `F.linear` are seen
+within `linear_implementation('onednn')`: modules stay torch's own, and LoRA, quantized weights and hooks work. Compare
+with `python -m timm_ls.benchmark MODEL --linear default onednn`.
 """
 import math
 from contextlib import contextmanager, nullcontext
@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ._compat import function_modes
 from .ops.capture import needs_plain_operations
 
 __all__ = ['OneDnnLinear', 'linear_implementation']
@@ -30,7 +31,8 @@ MIN_SIDE = 8  # of the map that tokens are viewed as: the gradients of thinner o
 def linear_implementation(name: str) -> Iterator[None]:
     """Choose how linear layers are computed, of any model: in float32, on a CPU, in eager mode.
 
-    Weights and results stay the same, up to rounding.
+    Weights and results stay the same, up to rounding. Checkpointed layers of other models than ours do not work within:
+    torch computes them again, in the backward pass, where it is not seen.
 
     Args:
         name: 'default' for what torch takes, or 'onednn'.
@@ -62,6 +64,18 @@ class OneDnnLinear(TorchFunctionMode):
         if func is F.linear and _implementation.get() == 'onednn' and not needs_plain_operations():
             return linear(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def as_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that, whenever and wherever it is called, computes its linear layers as it would now."""
+    if not any(isinstance(mode, OneDnnLinear) for mode in function_modes()):
+        return function
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with OneDnnLinear():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None) -> torch.Tensor:

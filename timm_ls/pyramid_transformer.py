@@ -24,6 +24,8 @@ from ._compat import feature_take_indices, update_model_input_size
 from .attention.chunked import forward_in_chunks, runs_in_chunks
 from .attention.full import FullAttention
 from .attention.layers import LayerNorm
+from .attention.rel_pos import resize_tables
+from .linear import as_now
 from .ops.capture import ceil_div, is_captured
 from .pretrained.checkpoint import check_state_dict
 
@@ -179,10 +181,10 @@ class Stage(nn.Module):
 def in_this_context(module: nn.Module) -> Callable[..., Any]:
     """Return a module that, whenever it is called, sees what context variables hold now.
 
-    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention has to be computed in the
-    same way then.
+    Checkpointing calls it again in the backward pass, perhaps in another thread. Attention and linear layers have to be
+    computed in the same way then.
     """
-    return module if is_captured() else partial(copy_context().run, module)
+    return module if is_captured() else partial(copy_context().run, as_now(module))
 
 
 class PyramidTransformer(nn.Module):
@@ -395,6 +397,8 @@ class PyramidTransformer(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights as torch does; those of the original authors are recognized by their names and converted first.
 
+        Bias tables of another grid are resized: timm's `checkpoint_path` (`--initial-checkpoint`) goes this way.
+
         Raises:
             RuntimeError: With `strict`, if the weights belong to another architecture; for the authors' weights the
                 message names the first differences.
@@ -403,6 +407,8 @@ class PyramidTransformer(nn.Module):
             state_dict = self.convert_state_dict(dict(state_dict))
             if strict:
                 check_state_dict(state_dict, self)
+        else:
+            state_dict = resize_tables(state_dict, self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     @torch.jit.ignore

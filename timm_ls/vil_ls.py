@@ -29,7 +29,6 @@ from .pyramid_transformer import (
     pad_to_multiple,
 )
 
-
 __all__ = ['VilLs']
 
 torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not know
@@ -234,8 +233,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     for name, table in weights.items():
         if name.endswith('.rel_pos.table'):
             weights[name] = dense_table(table, aliased=name.replace('rel_pos.table', 'norm_kv.weight') in weights)
-    resize_tables(weights, model)
-    return weights
+    return dict(resize_tables(weights, model))
 
 
 def _create_vil_ls(variant: str, pretrained: bool = False, **kwargs: Any) -> VilLs:

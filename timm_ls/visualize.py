@@ -7,7 +7,7 @@ being looked at pays nothing. Functions take one image and return tensors; `plot
 from contextlib import contextmanager
 from itertools import accumulate
 from operator import mul
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import torch
 import torch.nn as nn

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from timm.models import model_entrypoint, save_for_hf
 
-from timm_ls.checkpoint import read_checkpoint
-from timm_ls.pretrained import catalogue, convert_checkpoint, file_sha256, find_weights, structure_digest
+from timm_ls.pretrained.checkpoint import read_checkpoint
+from timm_ls.pretrained.sources import catalogue, convert_checkpoint, file_sha256, find_weights, structure_digest
 
 TEMPLATE = Path(__file__).with_name('model_card.md')
 

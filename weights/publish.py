@@ -14,7 +14,7 @@ from typing import Dict
 
 from huggingface_hub import HfApi
 
-from timm_ls.pretrained import catalogue, file_sha256, is_intact
+from timm_ls.pretrained.sources import catalogue, file_sha256, is_intact
 
 FILES = ('README.md', 'config.json', 'model.safetensors')
 

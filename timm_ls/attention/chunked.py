@@ -1,8 +1,8 @@
 """Inference in row chunks: a block over a large map, holding keys and values of the whole map and little else.
 
-Norms, projections, attention and the MLP with its hidden layer exist for one chunk at a time, queries wait in the memory
-of the result, and what all tokens add to (landmarks, global tokens) is summed up on the way. Nothing has to be switched
-on, and the result is that of the block's own `forward`.
+Norms, projections, attention and the MLP with its hidden layer exist for one chunk at a time, queries wait in the
+memory of the result, and what all tokens add to (landmarks, global tokens) is summed up on the way. Nothing has to be
+switched on, and the result is that of the block's own `forward`.
 """
 from typing import Any, List, Optional, Tuple
 
@@ -99,7 +99,7 @@ def _long_short(block: Any, x: torch.Tensor, size: Tuple[int, int]) -> torch.Ten
 def _full(block: Any, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
     """Return `forward_in_chunks` of a block with full attention."""
     attn: FullAttention = block.attn
-    g, (H, W) = attn.num_global_tokens, size
+    g, W = attn.num_global_tokens, size[1]
     out = k = v = x.new_empty(0)
     for rows in row_chunks(x, size):
         tokens, inner, chunk_size, num_global = block_input(block, x, size, rows, attn.margin)

@@ -65,7 +65,9 @@ def explain_attention(model: nn.Module, x: torch.Tensor) -> AttentionChoices:
     with fake_mode() as mode, recorded_choices() as choices:
         handle = register_module_forward_pre_hook(remember)
         try:
-            model(mode.from_tensor(x))
+            tensors = {  # buffers too: what a forward pass counts must not count this one
+                name: mode.from_tensor(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+            torch.func.functional_call(model, tensors, (mode.from_tensor(x),))
         finally:
             handle.remove()
     explained = AttentionChoices()

@@ -122,7 +122,7 @@ class FullAttention(nn.Module):
             size: Tuple[int, int],
             num_global_tokens: int,
     ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries, [B, g + N, C], and keys and values, [B, g + N / kv_stride ** 2, C], of g global tokens and a map."""
+        """Return queries, [B, g + N, C], and keys and values, [B, g + N / kv_stride ** 2, C], of all tokens."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         return q, k, v
 

@@ -51,7 +51,7 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
     else:
         if is_autocast(x):
-            if not keep_type:
+            if not keep_type and (x.device.type != 'cpu' or x.element_size() >= 4):  # a CPU's keeps half precision
                 return F.layer_norm(x, shape, weight, bias, eps)
             with without_autocast(x):
                 return layer_norm(x, shape, weight, bias, eps, keep_type)

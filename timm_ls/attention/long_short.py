@@ -9,10 +9,9 @@ import torch.fx
 import torch.nn as nn
 from timm.layers import use_fused_attn
 
-from ..ops.attend import attend_few
 from ..ops.autocast import cast_once
 from ..ops.capture import is_captured
-from ..ops.merge import pool_tokens
+from ..ops.merge import attend_few, pool_tokens
 from ..ops.window_attention import window_attention
 from ..ops.windows import halo_width
 from .layers import LayerNorm, MapInterface, check_heads, check_tokens
@@ -174,7 +173,7 @@ class LongShortAttention(nn.Module):
             size: Tuple[int, int],
             num_global_tokens: int,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of g global tokens and a map."""
+        """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of all tokens."""
         B, C = x.shape[0], self.dim
         q, kv = self.qkv(x).split([C, 2 * C], dim=-1)
         if is_captured():  # engines fuse a norm of three dimensions

@@ -1,6 +1,7 @@
 """Relative position bias on 2-D grids: one dense table of offsets, its expansion, resizing and conversion."""
+from copy import copy
 from functools import lru_cache
-from typing import Dict, Final, Optional, Tuple
+from typing import Any, Final, Mapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -42,14 +43,18 @@ def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tenso
     return resized.squeeze(0).to(table.dtype)
 
 
-def resize_tables(weights: Dict[str, torch.Tensor], model: nn.Module) -> None:
-    """Resize the bias tables among weights to those of a model with other grids or windows, in place."""
-    expected = model.state_dict()
-    for name, table in weights.items():
-        if name.endswith('.rel_pos.table') and name in expected and table.shape[0] == expected[name].shape[0]:
-            size = tuple(expected[name].shape[1:])
-            if tuple(table.shape[1:]) != size:
-                weights[name] = resize_bias_table(table, size)
+def resize_tables(weights: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Return weights with bias tables resized to those of a model with other grids or windows, the rest as it is."""
+    resized = {}
+    for name, parameter in model.named_parameters():
+        table = weights.get(name) if name.endswith('.rel_pos.table') else None
+        if isinstance(table, torch.Tensor) and table.ndim == 3 and table.shape[0] == parameter.shape[0]:
+            if table.shape != parameter.shape:
+                resized[name] = resize_bias_table(table, (parameter.shape[1], parameter.shape[2]))
+    if resized:
+        weights = copy(weights)  # with the versions of modules that torch notes on it
+        weights.update(resized)  # type: ignore[attr-defined]
+    return weights
 
 
 def fit_bias_table(table: torch.Tensor, grid_size: Tuple[int, int]) -> torch.Tensor:

@@ -4,9 +4,9 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-from .capture import is_captured
+from .capture import is_captured, needs_plain_operations
 
-__all__ = ['attend', 'attend_few', 'attend_heads', 'softmax']
+__all__ = ['attend', 'attend_heads', 'attend_heads_at_once', 'softmax']
 
 
 def softmax(logits: torch.Tensor, dim: int) -> torch.Tensor:
@@ -31,13 +31,17 @@ def attend(
         bias: Added to the scaled logits, broadcastable to [..., heads, L, S]; with four dimensions, as torch's fused
             kernels take no fewer.
         dropout_p: Probability of dropping an attention weight.
-        fused: Use torch's `scaled_dot_product_attention`, but where it has no kernel: for a bias that learns, on a CPU.
+        fused: Use torch's `scaled_dot_product_attention`, but where it has no kernel: for a bias that learns, on a CPU,
+            and under `torch.func` and forward-mode derivatives.
 
     Returns:
         [..., heads, L, d].
     """
-    if bias is not None and bias.requires_grad and bias.device.type == 'cpu' and not is_captured():
-        fused = False  # torch would take a plain form of its own, slower as it looks for masked rows
+    if not is_captured():
+        if bias is not None and bias.requires_grad and bias.device.type == 'cpu':
+            fused = False  # torch would take a plain form of its own, slower as it looks for masked rows
+        if needs_plain_operations():
+            fused = False  # torch's kernels have no forward derivative, and a transform hides what requires a gradient
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -65,25 +69,15 @@ def attend_heads(
     return out.flatten(2)
 
 
-def attend_few(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        num_heads: int,
-        dropout_p: float,
-        fused: bool,
-) -> torch.Tensor:
-    """Return `attend_heads` of a few queries [B, L, C] to keys and values [B, S, C].
+def attend_heads_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return `attend_heads` of a few queries, without a bias, by products over all channels at once.
 
-    Graphs take block-diagonal queries: products over all channels of the keys as they lie in memory, where engines
-    would transpose the keys of all heads.
+    The keys stay as they lie in memory, where engines that run graphs would transpose those of every head.
     """
-    if dropout_p > 0 or not is_captured():
-        return attend_heads(q, k, v, None, num_heads, dropout_p, fused)
     C = q.shape[2]
     head = torch.arange(C, device=q.device) // (C // num_heads)  # of a channel
     own = (head == torch.arange(num_heads, device=q.device)[:, None]).to(q.dtype)[:, None]  # [heads, 1, C]
-    q = (q * (C // num_heads) ** -0.5).unsqueeze(1) * own  # [B, heads, L, C]
+    q = (q * (C // num_heads) ** -0.5).unsqueeze(1) * own  # [B, heads, L, C]: block-diagonal
     logits = q.flatten(1, 2) @ k.transpose(1, 2)  # [B, heads * L, S]
     out = softmax(logits, dim=2).to(v.dtype) @ v
     return (out.unflatten(1, (num_heads, -1)) * own).sum(dim=1)

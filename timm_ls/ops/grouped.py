@@ -1,4 +1,4 @@
-"""Window attention of maps of a fixed size in plain operations, for graphs: the groups of `tiled`, indices as constants.
+"""Window attention of maps of a fixed size in plain operations, for graphs: groups of windows, indices as constants.
 
 Engines fuse each group's attention, read no key outside the map and fold all that depends on sizes and weights alone.
 The batch may be of any size.

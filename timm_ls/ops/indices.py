@@ -1,4 +1,4 @@
-"""Index tensors that depend on sizes only: made once with NumPy, and kept on devices where they would have to be copied."""
+"""Index tensors that depend on sizes only, made with NumPy; kept on devices to which they would have to be copied."""
 from functools import lru_cache
 from typing import Any, Callable
 

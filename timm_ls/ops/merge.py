@@ -8,17 +8,17 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .attend import softmax
+from .attend import attend_heads, attend_heads_at_once, softmax
 from .autocast import without_autocast
-from .capture import needs_plain_operations
+from .capture import is_captured, needs_plain_operations
 from .chunks import chunk_bytes, equal_chunks
 from .derivatives import differentiable_gradients
 
-__all__ = ['SoftmaxSum', 'pool_tokens', 'query_logits', 'softmax_sum']
+__all__ = ['SoftmaxSum', 'attend_few', 'pool_tokens', 'query_logits', 'softmax_sum']
 
 
 class SoftmaxSum(NamedTuple):
-    """Softmax-weighted sums of some tokens' values, before it is known what other tokens weigh. All in float32 or wider.
+    """Softmax-weighted sums of some tokens' values, before it is known what others weigh. All in float32 or wider.
 
     For h heads and m rows of weights per head, over values of P parts (such as keys and values) of h * d channels.
     """
@@ -115,6 +115,27 @@ def pool_plain(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> to
     parts = by_head(wide(values), num_heads)
     sums = torch.stack([weights @ parts[i] for i in range(values.shape[2])], dim=1)  # [B, P, h, m, d]
     return sums.permute(0, 3, 1, 2, 4).flatten(3).to(values.dtype)
+
+
+def attend_few(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        num_heads: int,
+        dropout_p: float,
+        fused: bool,
+) -> torch.Tensor:
+    """Return `attend_heads` of a few queries, without a bias: their gradients are sums over all keys.
+
+    torch's fused kernels have no gradients of gradients, and on a CPU they add up half-precision ones as they are.
+    """
+    if not torch.jit.is_scripting():
+        if dropout_p == 0. and is_captured():
+            return attend_heads_at_once(q, k, v, num_heads)
+        is_exact = q.element_size() >= 4 or q.device.type == 'cpu'
+        if torch.is_grad_enabled() and dropout_p == 0. and is_exact:
+            return pool_tokens(query_logits(q, k, num_heads), v[:, :, None], num_heads)[:, :, 0]
+    return attend_heads(q, k, v, None, num_heads, dropout_p, fused)
 
 
 class _PoolTokens(torch.autograd.Function):

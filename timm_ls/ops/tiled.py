@@ -110,7 +110,7 @@ def _tokens(kv: torch.Tensor, additional_kv: torch.Tensor, tile: Tile) -> torch.
 
 
 class _TileBias:
-    """Bias of tiles' logits, [heads, entries of the plan], zero for additional keys; one for all tiles of a geometry."""
+    """Bias of tiles' logits, [heads, entries of the plan], zero for additional keys; one for each geometry."""
 
     def __init__(self, bias: Optional[torch.Tensor]):
         self.table = None if bias is None else F.pad(bias.flatten(1), (0, 1))
@@ -209,7 +209,7 @@ def backward(
     if grads is None:  # there are no images
         grads = torch.zeros_like(q), torch.zeros_like(kv), torch.zeros_like(additional_kv)
     grad_bias = q.new_empty(0) if bias is None or grad_table is None else (
-        grad_table[:, :-1].to(bias.dtype).reshape(bias.shape))
+        grad_table[:, :-1].to(bias.dtype).contiguous().view(bias.shape))
     return grads[0], grads[1], grads[2].to(kv.dtype), grad_bias
 
 
@@ -272,8 +272,8 @@ def tile_backward(
     return grad_q, grad_tokens[:num_tokens].view(maps.shape), grad_tokens[num_tokens:].view(additional.shape)
 
 
-# The same as an operator, for graphs that are compiled for a CPU: their compiler does not look into it, and its own code
-# for the masked form is several times slower. Eager mode does without: counters and profilers see what is inside.
+# The same as an operator, for graphs that are compiled for a CPU: their compiler does not look into it, and its own
+# code for the masked form is several times slower. Eager mode does without: counters and profilers see what is inside.
 
 
 @torch.library.custom_op('timm_ls::tiled_attention', mutates_args=())

@@ -11,6 +11,7 @@ interpreter (`TRITON_INTERPRET=1`) and it was compiled for a GPU, but it has not
 from typing import Any, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .capture import ceil_div
@@ -214,8 +215,10 @@ def triton_attention(
         first_row: int = 0,
 ) -> torch.Tensor:
     """Return `window_attention`; all inputs are of the type of `q`."""
-    assert first_row == 0 and q.shape[1] == kv.shape[1]
-    return _TritonAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)
+    rows, below = q.shape[1], kv.shape[1] - first_row - q.shape[1]
+    if first_row > 0 or below > 0:  # the kernels know whole maps only
+        q = F.pad(q, (0, 0, 0, 0, first_row, below))
+    return _TritonAttention.apply(q, kv, extra_kv, bias, window_size, num_heads)[:, first_row:first_row + rows]
 
 
 class _TritonAttention(torch.autograd.Function):

@@ -4,7 +4,7 @@ import runpy
 import signal
 import sys
 
-from timm_ls.backbone import PyramidTransformer
+from timm_ls.pyramid_transformer import PyramidTransformer
 
 
 def kill_in_step(step):

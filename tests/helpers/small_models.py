@@ -1,6 +1,4 @@
 """Every registered model, and each at a size that a test can run: its own kinds of layers, few and narrow."""
-from functools import lru_cache
-
 import timm
 import torch
 
@@ -11,10 +9,9 @@ NAMES = [
     if timm.models.model_entrypoint(name).__module__.startswith('timm_ls.')]
 
 
-@lru_cache
 def small_args(name: str) -> dict:
     """Arguments that shrink a model, as many stages as it has."""
-    stages = len(timm.create_model(name, device='meta').feature_info)
+    stages = 3 if timm.models.model_entrypoint(name).__module__ == 'timm_ls.cvt_ls' else 4
     return dict(
         embed_dims=(16, 24, 32, 48)[:stages],
         depths=(1, 1, 2, 1)[:stages],
@@ -25,6 +22,26 @@ def small_args(name: str) -> dict:
 def create(name: str, **kwargs):
     """The small version of a model, arguments on top."""
     return timm.create_model(name, **dict(small_args(name), **kwargs))
+
+
+def kind(name: str) -> tuple:
+    """All that tells small models of two names apart."""
+    model = create(name, device='meta')
+    settings = {
+        f'{key}.{name}': value for key, module in model.named_modules() for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, tuple, list))}
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return type(model), repr(model), settings, shapes
+
+
+def one_of_each_kind() -> list:
+    """Names whose small models stand for all others: models that differ in width and depth only shrink to the same."""
+    kinds = {}
+    for name in NAMES:
+        of_name = kind(name)
+        if of_name not in kinds.values():
+            kinds[name] = of_name
+    return list(kinds)
 
 
 def perturbed(name: str, dtype: torch.dtype = torch.float64, **kwargs):

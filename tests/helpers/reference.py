@@ -1,4 +1,4 @@
-"""An independent oracle for the attention layers: one image, one query at a time, explicit key lists.
+"""An independent oracle for window attention and the attention layers: one query at a time, explicit key lists.
 
 Slow on purpose, and sharing no code with the package: plain tensor arithmetic in the dtype of its input, differentiable
 by autograd. `params` are a layer's parameters by name.
@@ -33,6 +33,33 @@ def window_keys(y, x, height, width, window):
             if 0 <= i < height and 0 <= j < width]
 
 
+def _attend_query(q, k, v, bias=0.):
+    """One query [heads, d] over keys and values [n, heads, d], its bias [n, heads] added to the scaled logits."""
+    weights = _softmax((k * q).sum(-1) / math.sqrt(q.shape[-1]) + bias, 0)
+    return (weights[..., None] * v).sum(0)
+
+
+def window_attention(q, kv, additional_kv, bias, window, num_heads, first_row=0):
+    """The contract of the package's `window_attention`: q [B, rows, W, C] to the same shape."""
+    height, width = kv.shape[1:3]
+    halo = window // 2
+    q, kv, additional_kv = (x.unflatten(-1, (num_heads, -1)) for x in (q, kv, additional_kv))
+    outputs = []
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            for j in range(q.shape[2]):
+                y = first_row + i
+                ys, xs = zip(*window_keys(y, j, height, width, window))
+                keys = torch.cat([additional_kv[b], kv[b, ys, xs]])  # [E + n, 2, heads, d]
+                logits = 0.
+                if bias is not None:
+                    top, left = y // window * window - halo, j // window * window - halo
+                    logits = bias[:, y % window, j % window, [k - top for k in ys], [k - left for k in xs]].T
+                    logits = torch.cat([logits.new_zeros(additional_kv.shape[1], num_heads), logits])
+                outputs.append(_attend_query(q[b, i, j], keys[:, 0], keys[:, 1], logits))
+    return torch.stack(outputs).reshape(*q.shape[:3], -1) if outputs else q.flatten(3)
+
+
 def long_short_attention(params, x, tokens, num_heads, window, rank, global_update='outputs'):
     """One image's long-short attention: x [H, W, C] and tokens [g, C] to the same shapes."""
     height, width, dim = x.shape
@@ -60,20 +87,19 @@ def long_short_attention(params, x, tokens, num_heads, window, rank, global_upda
         positions = window_keys(i, j, height, width, window)
         rows = [flat[position] for position in positions] + list(range(g))
         keys, values = torch.cat([landmark_k, k[rows]]), torch.cat([landmark_v, v[rows]])
-        logits = (keys * q[row]).sum(-1) / math.sqrt(d)
+        bias = 0.
         if 'rel_pos.table' in params:
             ys, xs = zip(*[(i - y + reach, j - z + reach) for y, z in positions])
             bias = params['rel_pos.table'][:, ys, xs].T
-            logits = logits + torch.cat([bias.new_zeros(rank, num_heads), bias, bias.new_zeros(g, num_heads)])
-        outputs.append((_softmax(logits, 0)[..., None] * values).sum(0))
+            bias = torch.cat([bias.new_zeros(rank, num_heads), bias, bias.new_zeros(g, num_heads)])
+        outputs.append(_attend_query(q[row], keys, values, bias))
     out = torch.stack(outputs)
 
     token_outputs = []
     for t in range(g):
         keys, values = (out, out) if global_update == 'outputs' else (k[g:], v[g:])
         keys, values = torch.cat([k[:g], keys]), torch.cat([v[:g], values])
-        weights = _softmax((keys * q[t]).sum(-1) / math.sqrt(d), 0)
-        token_outputs.append((weights[..., None] * values).sum(0).reshape(dim))
+        token_outputs.append(_attend_query(q[t], keys, values).reshape(dim))
     map_out = _linear(out.reshape(-1, dim), params, 'proj').reshape(height, width, dim)
     return map_out, _linear(torch.stack(token_outputs), params, 'proj') if g else tokens
 

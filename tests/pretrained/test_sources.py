@@ -20,13 +20,15 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from golden_fill import load_case
 from hub_server import TOKEN, Hub
+from paths import ROOT
 from safetensors.torch import load_file, save, save_file
 
 import timm_ls
-from timm_ls import pretrained
-from timm_ls.checkpoint import read_checkpoint
-from timm_ls.pretrained import catalogue, file_sha256, filter_and_check, structure_digest
+from timm_ls.pretrained import sources
+from timm_ls.pretrained.checkpoint import read_checkpoint
+from timm_ls.pretrained.sources import catalogue, file_sha256, filter_and_check, structure_digest
 from timm_ls.vil_ls import (
     RELEASED_ATTENTION_NAMES,
     RELEASED_MLP_NAMES,
@@ -35,8 +37,6 @@ from timm_ls.vil_ls import (
     checkpoint_filter_fn,
 )
 
-ROOT = Path(__file__).parents[1]
-GOLDEN = Path(__file__).with_name('golden')
 MODEL = 'test_vil_ls'
 NAME = f'{MODEL}.digits'
 RELEASED = ['vil_ls_medium.ls_in1k', 'vil_ls_base.ls_in1k', 'vil_ls_medium_384.ls_in1k']
@@ -169,7 +169,7 @@ def caches(tmp_path, monkeypatch):
 
 @functools.cache
 def shipped() -> dict:
-    return load_file(pretrained.SHIPPED_DIR / f'{NAME}.safetensors')
+    return load_file(sources.SHIPPED_DIR / f'{NAME}.safetensors')
 
 
 def leftovers(folder: Path) -> list:
@@ -193,7 +193,7 @@ def test_catalogue_describes_the_models():
         assert (cfg.url[0] if cfg.url else None) == entry['url']
         assert bool(cfg.file) == bool(entry['file'])
         assert (entry['url'] or entry['file']) and timm.models.is_model_pretrained(entry['architecture'])
-    assert (ROOT / 'weights' / 'catalogue.json').read_bytes() == (ROOT / 'timm_ls' / 'catalogue.json').read_bytes()
+    assert (ROOT / 'weights' / 'catalogue.json').samefile(ROOT / 'timm_ls' / 'pretrained' / 'catalogue.json')
 
 
 def test_lists_tell_the_truth():
@@ -216,9 +216,10 @@ def test_configs_are_complete(name):
 
 
 def test_digest_is_that_of_the_authors_names_and_shapes():
-    shapes = json.loads((GOLDEN / 'vil_ls_medium_224.json').read_text())['params']
+    description, _, _ = load_case('vil_ls_medium_224')
     model = timm.create_model('vil_ls_medium', device='meta')
-    weights = checkpoint_filter_fn({name: torch.empty(shape, device='meta') for name, shape in shapes.items()}, model)
+    weights = {name: torch.empty(shape, device='meta') for name, shape in description['params'].items()}
+    weights = checkpoint_filter_fn(weights, model)
     assert structure_digest(weights) == catalogue()['vil_ls_medium.ls_in1k']['structure']
 
 
@@ -235,7 +236,7 @@ def test_import_and_shipped_weights_need_no_network():
 @pytest.mark.parametrize('model', ['test_vil_ls', 'test_cvt_ls'])
 def test_shipped_weights(model):
     name = f'{model}.digits'
-    path = pretrained.SHIPPED_DIR / f'{name}.safetensors'
+    path = sources.SHIPPED_DIR / f'{name}.safetensors'
     built, weights = timm.create_model(model, pretrained=True).state_dict(), load_file(path)
     assert built.keys() == weights.keys() and all(torch.equal(built[key], weights[key]) for key in weights)
     assert path.stat().st_size < 4_000_000 and file_sha256(path) == catalogue()[name]['sha256']
@@ -281,10 +282,10 @@ def test_same_basename_twice(server):
 def publish_at(monkeypatch, name, **changes):
     """Pretend that weights are published elsewhere, until the test ends."""
     monkeypatch.setitem(catalogue(), name, {**catalogue()[name], **changes})
-    sources = pretrained.published_sources(name)
+    published = sources.published_sources(name)
     cfg = timm.models._registry._model_pretrained_cfgs[name]
     for key in ('file', 'hf_hub_id', 'url'):
-        monkeypatch.setattr(cfg, key, sources.get(key))
+        monkeypatch.setattr(cfg, key, published.get(key))
 
 
 @pytest.mark.slow
@@ -330,7 +331,7 @@ def test_file_and_state_dict_as_timm_does(server, tmp_path, monkeypatch):
     assert same(timm.create_model(MODEL, pretrained=True, pretrained_cfg_overlay=overlay), weights)
     assert not server.hits
     own_format = dict(file=str(tmp_path / 'weights.npz'), custom_load=True)  # the model reads it, not we
-    assert pretrained.find_weights(MODEL, own_format, checkpoint_filter_fn) is None
+    assert sources.find_weights(MODEL, own_format, checkpoint_filter_fn) is None
 
 
 def test_broken_connection_is_taken_up_again(server, caches):
@@ -682,7 +683,7 @@ def test_only_dense_floats_are_converted(change):
     weights = {**shipped(), 'head.weight': change(shipped()['head.weight'])}
     cfg = timm.get_pretrained_cfg(NAME).to_dict()
     with pytest.raises(RuntimeError, match='head.weight is .*: expected dense torch.float32'):
-        pretrained.convert_checkpoint(weights, MODEL, cfg, checkpoint_filter_fn)
+        sources.convert_checkpoint(weights, MODEL, cfg, checkpoint_filter_fn)
 
 
 def test_nan_gives_a_warning_that_names_the_tensor(tmp_path):
@@ -702,7 +703,7 @@ def test_type_error_in_a_filter_is_not_hidden():
             return state_dict
         raise TypeError('a mistake in the filter')
     with pytest.raises(RuntimeError, match='a mistake in the filter'):
-        pretrained.build_model(VilLs, MODEL, True, broken)
+        sources.build_model(VilLs, MODEL, True, broken)
 
 
 # Adaptation
@@ -779,7 +780,7 @@ HUB_SCRIPT = '''
 import json, os, sys, tempfile
 import timm, timm_ls, torch
 import huggingface_hub.constants as constants
-from timm_ls import pretrained
+from timm_ls.pretrained import sources
 torch.manual_seed(0)
 x = torch.rand(1, 3, 96, 96)
 revision, mine = sys.argv[1:3]
@@ -796,12 +797,12 @@ def error(**kwargs):
     return None
 
 def published(hub_id, revision=None, **changes):
-    entry = {**pretrained.catalogue()['test_vil_ls.digits'], 'file': None, 'hf_hub_id': hub_id,
+    entry = {**sources.catalogue()['test_vil_ls.digits'], 'file': None, 'hf_hub_id': hub_id,
              'hf_hub_revision': revision, 'url': None, 'sha256': None, **changes}
-    pretrained.catalogue()['test_vil_ls.digits'] = entry
+    sources.catalogue()['test_vil_ls.digits'] = entry
     cfg = timm.models._registry._model_pretrained_cfgs['test_vil_ls.digits']
     cfg.file, cfg.hf_hub_id, cfg.url = [
-        pretrained.published_sources('test_vil_ls.digits').get(key) for key in ('file', 'hf_hub_id', 'url')]
+        sources.published_sources('test_vil_ls.digits').get(key) for key in ('file', 'hf_hub_id', 'url')]
 
 expected = torch.load(mine, weights_only=True)
 results = {
@@ -880,7 +881,7 @@ def test_hub_round_trip(tmp_path, server, monkeypatch, capsys):
         with pytest.raises(SystemExit, match='HF_TOKEN is not set'):
             publish()
         assert not hub.repos
-        upload = ('import runpy, sys; from timm_ls.pretrained import catalogue;'
+        upload = ('import runpy, sys; from timm_ls.pretrained.sources import catalogue;'
                   f"catalogue()['{NAME}']['sha256'] = None;"
                   'sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")')
         result = run_script(
@@ -924,9 +925,9 @@ def test_converted_folder_in_transformers(tmp_path):
 
 def test_damaged_hub_download_is_repeated(tmp_path):
     with Hub() as hub:
-        hub.commit('owner/digits', {'model.safetensors': (pretrained.SHIPPED_DIR / f'{NAME}.safetensors').read_bytes()})
+        hub.commit('owner/digits', {'model.safetensors': (sources.SHIPPED_DIR / f'{NAME}.safetensors').read_bytes()})
         hub.corrupt_next = 1
-        code = ('import timm, timm_ls; from timm_ls.pretrained import from_hub, is_intact;'
+        code = ('import timm, timm_ls; from timm_ls.pretrained.sources import from_hub, is_intact;'
                 'path = from_hub("owner/digits"); print(is_intact(path))')
         env = dict(os.environ, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / 'hf'))
         result = run_script(code, env=env)

@@ -127,3 +127,37 @@ def full(params, x, tokens, num_heads, kv_stride, scale, training):
             outputs.append(attend(queries[a], keys, values, scale, bias).reshape(C))
     out = linear(torch.stack(outputs).reshape(B, -1, C), params, 'proj')
     return out[:, g:].reshape(B, height, width, C), out[:, :g]
+
+
+def hugging_face_names(weights):
+    """Microsoft's names turned into those of transformers' CvtForImageClassification (5.23)."""
+    table = [
+        ('patch_embed.proj', 'embedding.convolution_embeddings.projection'),
+        ('patch_embed.norm', 'embedding.convolution_embeddings.normalization'),
+        ('attn.proj_q', 'attention.attention.projection_query'),
+        ('attn.proj_k', 'attention.attention.projection_key'),
+        ('attn.proj_v', 'attention.attention.projection_value'),
+        ('attn.proj', 'attention.output.dense'),
+        ('norm1', 'layernorm_before'),
+        ('norm2', 'layernorm_after'),
+        ('mlp.fc1', 'intermediate.dense'),
+        ('mlp.fc2', 'output.dense'),
+    ]
+    for letter, word in (('q', 'query'), ('k', 'key'), ('v', 'value')):
+        prefix = f'attention.attention.convolution_projection_{word}.convolution_projection'
+        table.insert(0, (f'attn.conv_proj_{letter}.conv', f'{prefix}.convolution'))
+        table.insert(0, (f'attn.conv_proj_{letter}.bn', f'{prefix}.normalization'))
+    renamed = {}
+    for name, value in weights.items():
+        if name.startswith('stage'):
+            for theirs, face in table:
+                if f'{theirs}.' in name:
+                    name = name.replace(theirs, face, 1)
+                    break
+            name = 'cvt.encoder.stages.' + name[len('stage'):].replace('.blocks.', '.layers.')
+        else:
+            name = name.replace('norm.', 'layernorm.').replace('head.', 'classifier.')
+        renamed[name] = value
+        if name.endswith('running_var'):
+            renamed[name.replace('running_var', 'num_batches_tracked')] = torch.tensor(7)
+    return renamed

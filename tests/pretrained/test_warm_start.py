@@ -1,27 +1,28 @@
 """Warm starts: what is taken and what is not, by name, and how close features come to those of the source model."""
-import json
-from functools import lru_cache
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import pytest
 import reference_vil
 import timm
 import torch
-from golden_fill import fill, image
-from test_cvt_ls import golden_weights, hugging_face_names
+from golden_fill import image, load_case
+from reference_cvt import hugging_face_names
 
 from timm_ls import warm_start
 from timm_ls.cvt_ls import PLAIN_CVT
 
-GOLDEN = Path(__file__).parent / 'golden'
+
+@cache
+def cvt_weights():
+    """CvT-13 filled by name."""
+    return load_case('cvt_13_224')[1]
 
 
-@lru_cache(maxsize=1)
+@cache
 def vil_weights():
     """Plain ViL-small filled by name; the class token's projections are those that it shares with the patches."""
-    case = json.loads((GOLDEN / 'vil_small_224_names.json').read_text())
-    weights = {name: torch.from_numpy(np.asarray(fill(name, tuple(shape)))) for name, shape in case['params'].items()}
+    weights = load_case('vil_small_224_names')[1]
     return {name: weights[name.replace('_global.', '.')] for name in weights}
 
 
@@ -39,7 +40,7 @@ def test_cvt_ls_from_cvt(tmp_path):
 
     Reached: correlation 0.94, 0.89, 0.93 for the three stages; a fresh model's is below 0.05 in size.
     """
-    weights = golden_weights()
+    weights = cvt_weights()
     x = torch.from_numpy(image(11, (1, 3, 224, 224)))
     source = timm.create_model('cvt_ls_13', **PLAIN_CVT)
     source.load_state_dict(weights)
@@ -89,14 +90,14 @@ def test_cvt_ls_from_cvt(tmp_path):
 def test_cvt_ls_with_the_logits_of_cvt():
     """Queries are scaled for another scale of logits only: divided by sqrt(channels), as in CvT, they are taken."""
     model = timm.create_model('cvt_ls_13', attn_scale='dim')
-    assert not warm_start(model, golden_weights()).adapted
+    assert not warm_start(model, cvt_weights()).adapted
     queries = model.stages[1].blocks[1].attn.conv_qkv.q.weight
-    assert torch.equal(queries, golden_weights()['stage1.blocks.1.attn.proj_q.weight'])
+    assert torch.equal(queries, cvt_weights()['stage1.blocks.1.attn.proj_q.weight'])
 
 
 def test_cvt_ls_from_cvt_with_other_classes():
     model = timm.create_model('cvt_ls_13', num_classes=7, num_global_tokens=(0, 0, 1), global_pool='token')
-    report = warm_start(model, golden_weights())
+    report = warm_start(model, cvt_weights())
     assert {'head.weight', 'head.bias'} <= set(report.fresh)
     assert set(report.unused) == {'head.weight', 'head.bias'}
     assert 'stages.2.global_tokens' in report.taken
@@ -201,13 +202,13 @@ def test_hires_from_vil_ls():
 def test_refusals():
     """A model or checkpoint of another family or size: an error that says which, and nothing changed."""
     with pytest.raises(RuntimeError, match='not part of the model: stages.2.blocks.2'):
-        warm_start(timm.create_model('cvt_ls_13', depths=(1, 2, 2)), golden_weights())
+        warm_start(timm.create_model('cvt_ls_13', depths=(1, 2, 2)), cvt_weights())
     model = timm.create_model('vil_ls_tiny', depths=(1, 1, 1, 1))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(RuntimeError, match='of another shape'):
         warm_start(model, vil_weights())
     with pytest.raises(RuntimeError, match='not part of the model'):
-        warm_start(model, golden_weights())
+        warm_start(model, cvt_weights())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(TypeError, match='Expected a CvtLs or VilLs model, got Linear'):
         warm_start(torch.nn.Linear(2, 2), {})

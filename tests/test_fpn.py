@@ -7,10 +7,17 @@ from torch.export import Dim
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 
-from timm_ls.pyramid import FeaturePyramid, timm_fpn_backbone
+import timm_ls.pyramid
+from timm_ls.fpn import FeaturePyramid, timm_fpn_backbone
 
 VIL, CVT = 'test_vil_ls', 'test_cvt_ls'
 TOKEN = dict(num_global_tokens=(1, 1, 1, 1), global_pool='token')  # timm takes features of these by another class
+
+
+def test_first_name():
+    """The module can be imported by the name that it had."""
+    assert timm_ls.pyramid.FeaturePyramid is FeaturePyramid
+    assert timm_ls.pyramid.timm_fpn_backbone is timm_fpn_backbone
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ Prints, from the first process, a line of JSON for each model: the largest error
 import copy
 import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from paths import RECIPES
 from small_models import create
 from timm.layers import convert_sync_batchnorm
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parent.parent / 'notebooks' / 'recipes'))
+sys.path.insert(0, str(RECIPES))
 from fsdp import shard  # noqa: E402
 
 IMAGES = 4

@@ -1,0 +1,71 @@
+"""The LayerNorm of half precision: values and gradients of float64, the type that was asked for."""
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_ls.attention.layers import LayerNorm
+
+KINDS = {'affine': {}, 'no bias': dict(bias=False), 'not affine': dict(elementwise_affine=False)}
+
+
+def build(kind, dtype, keep_type=False):
+    """A norm over 12 channels, and one of torch's in float64 with the same parameters."""
+    torch.manual_seed(0)
+    norm = LayerNorm(12, eps=1e-3, keep_type=keep_type, **KINDS[kind])
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(12)
+    norm = norm.to(dtype)
+    exact = nn.LayerNorm(12, eps=1e-3, **KINDS[kind]).double()
+    exact.load_state_dict({name: value.double() for name, value in norm.state_dict().items()})
+    return norm, exact
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('frozen', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_and_gradients(kind, frozen, dtype):
+    """Those of torch's norm in float64, rounded; of frozen parameters as well, and without gradients."""
+    norm, exact = build(kind, dtype)
+    norm.requires_grad_(not frozen)
+    x, grad = torch.randn(2, 5, 12).to(dtype).requires_grad_(), torch.randn(2, 5, 12).to(dtype)
+    out = norm(x)
+    out.backward(grad)
+    x_exact = x.detach().double().requires_grad_()
+    expected = exact(x_exact)
+    expected.backward(grad.double())
+    bound = 4 * torch.finfo(dtype).eps
+    with torch.no_grad():
+        for actual in (out, norm(x)):
+            assert actual.dtype == dtype
+            torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=bound)
+    torch.testing.assert_close(x.grad.double(), x_exact.grad, rtol=bound, atol=5 * bound)
+    for parameter, wanted in zip(norm.parameters(), exact.parameters(), strict=True):
+        assert (parameter.grad is None) == frozen
+        if not frozen:
+            assert parameter.grad.dtype == dtype
+            torch.testing.assert_close(parameter.grad.double(), wanted.grad, rtol=bound, atol=5 * bound)
+
+
+@pytest.mark.parametrize('keep_type', [False, True])
+@pytest.mark.parametrize('given', [torch.float32, torch.bfloat16])
+def test_type_under_autocast(keep_type, given):
+    """torch's, which is the input's on a CPU; that of the input too where it is to be kept, rounded once."""
+    norm, exact = build('affine', torch.float32, keep_type)
+    x = torch.randn(2, 5, 12).to(given)
+    with torch.autocast('cpu', torch.bfloat16):
+        out, torchs = norm(x), nn.LayerNorm(12)(x)
+    assert out.dtype == given == torchs.dtype
+    bound = torch.finfo(given).eps
+    torch.testing.assert_close(out.double(), exact(x.double()), rtol=bound, atol=4 * bound)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_graphs(dtype):
+    """Scripted, traced and exported the same."""
+    norm, _ = build('affine', dtype)
+    x = torch.randn(2, 5, 12).to(dtype)
+    with torch.no_grad():
+        expected = norm(x)
+        exported = torch.export.export(norm, (x,)).module()
+        for graph in (torch.jit.script(norm), torch.jit.trace(norm, x), torch.fx.symbolic_trace(norm), exported):
+            torch.testing.assert_close(graph(x), expected)
