@@ -1,5 +1,5 @@
 """What the attention layers share: a LayerNorm for half precision, maps instead of sequences, checks of arguments."""
-from typing import Any, Final, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Final, Optional, Tuple
 
 import torch
 import torch.fx
@@ -40,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
 
 def layer_norm(
         x: torch.Tensor,
-        shape: Tuple[int],
+        shape: Tuple[int, ...],
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
         eps: float,
@@ -92,6 +92,12 @@ def check_global_tokens(global_tokens: Optional[torch.Tensor], number: int) -> N
 
 class MapInterface(nn.Module):
     """An attention layer called with a map and its global tokens apart, in place of one sequence."""
+
+    if TYPE_CHECKING:  # the layer brings these
+        num_global_tokens: int
+
+        def attend(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+            """Attend over a sequence."""
 
     def forward(
             self,

@@ -109,17 +109,15 @@ class LongShortAttention(nn.Module):
 
         self.make_projections(qkv_bias, dd)
         self.norm_kv = LayerNorm(dim, keep_type=True, **dd)
+        self.dynamic_projection: nn.Module = nn.Identity()
+        self.norm_landmarks: nn.Module = nn.Identity()
         if rank > 0:
             self.dynamic_projection = nn.Linear(dim, num_heads * rank, **dd)
             self.norm_landmarks = LayerNorm(dim, keep_type=True, **dd)
-        else:
-            self.dynamic_projection = nn.Identity()
-            self.norm_landmarks = nn.Identity()
+        self.rel_pos: Optional[RelPosBias2d] = None
         if rel_pos_bias:
             offsets = 2 * (window_size + halo_width(window_size)) - 1
             self.rel_pos = RelPosBias2d(num_heads, (offsets, offsets), **dd)
-        else:
-            self.rel_pos = None
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -208,5 +206,5 @@ class LongShortAttention(nn.Module):
         return attend_few(q, k, v, self.num_heads, dropout_p, self.fused_attn)
 
 
-class LongShortAttention2d(MapInterface, LongShortAttention):
+class LongShortAttention2d(MapInterface, LongShortAttention):  # type: ignore[misc]  # another call by intention
     """`LongShortAttention` of a map [B, H, W, C] whose global tokens, [B, g, C], are apart."""
