@@ -35,12 +35,13 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.keep_type)
+        return layer_norm(
+            x, self.normalized_shape, self.weight, self.bias, self.eps, self.keep_type)  # type: ignore[arg-type]
 
 
 def layer_norm(
         x: torch.Tensor,
-        shape: Tuple[int, ...],
+        shape: Tuple[int],
         weight: Optional[torch.Tensor],
         bias: Optional[torch.Tensor],
         eps: float,

@@ -172,11 +172,11 @@ class LongShortAttention(nn.Module):
             num_global_tokens: int,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of all tokens."""
-        B, C = x.shape[0], self.dim
+        B, N, C = x.shape[0], x.shape[1], self.dim
         q, kv = self.qkv(x).split([C, 2 * C], dim=-1)
         if is_captured():  # engines fuse a norm of three dimensions
-            return q, self.norm_kv(kv.reshape(B, -1, C)).reshape(B, -1, 2, C)
-        return q, self.norm_kv(kv.reshape(B, -1, 2, C))
+            return q, self.norm_kv(kv.reshape(B, 2 * N, C)).reshape(B, N, 2, C)
+        return q, self.norm_kv(kv.reshape(B, N, 2, C))
 
     def landmarks(self, logits: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values of the map, [B, N, 2, C], by logits [B, N, num_heads * rank] into [B, rank, 2, C]."""

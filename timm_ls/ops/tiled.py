@@ -210,7 +210,7 @@ def backward(
         grads = torch.zeros_like(q), torch.zeros_like(kv), torch.zeros_like(additional_kv)
     grad_bias = q.new_empty(0) if bias is None or grad_table is None else (
         grad_table[:, :-1].to(bias.dtype).contiguous().view(bias.shape))
-    return grads[0], grads[1], grads[2].to(kv.dtype), grad_bias
+    return grads[0], grads[1], grads[2].to(kv.dtype, copy=True), grad_bias  # an operator's outputs share no memory
 
 
 def tile_backward(
