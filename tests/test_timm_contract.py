@@ -5,13 +5,16 @@ them stands for all.
 """
 import copy
 import io
+import json
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import timm
 import torch
+from paths import TESTS
 from small_models import NAMES, create, one_of_each_kind, small_args
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListNet
@@ -140,6 +143,21 @@ def test_attributes(name):
     x = torch.zeros(1, *cfg['input_size'], device='meta')
     assert model.forward_features(x).shape == (1, model.num_features, *cfg['pool_size'])
     assert timm.get_pretrained_cfg_value(name, 'min_input_size') == (3, 32, 32)
+
+
+@every_model
+def test_weights_have_the_names_and_shapes_of_the_release(name):
+    """So that weights saved by release 0.1.0 load, and the other way round."""
+    released = json.loads((TESTS / 'golden' / 'state_dicts.json').read_text())
+    assert released.keys() == set(NAMES)
+    expected = []
+    for key, shape in released[name]['shapes'].items():
+        stage = re.match(r'stages\.(\d+)\.blocks\.\*', key)
+        depth = released[name]['depths'][int(stage[1])] if stage else 1
+        expected += [(key.replace('*', str(block)), shape) for block in range(depth)]
+    state_dict = timm.create_model(name, device='meta').state_dict()
+    assert {key: list(value.shape) for key, value in state_dict.items()} == dict(expected)
+    assert len(expected) == len(state_dict)
 
 
 @every_kind
