@@ -3,21 +3,30 @@
 Most of it is tested on small versions. Models that differ in width and depth only have the same small version: one of
 them stands for all.
 """
+import collections
 import copy
 import io
+import json
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
+from macs import macs_by_hand
+from paths import TESTS
 from small_models import NAMES, create, one_of_each_kind, small_args
 from timm.models import save_for_hf
 from timm.models._features import FeatureGetterNet, FeatureHookNet, FeatureListNet
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_ls
+from timm_ls.complexity import count_macs
 
 SIZE = (72, 104)
 
@@ -115,6 +124,133 @@ def test_every_dropout_is_applied(name):
     assert len(seen) == 1 + len(model.stages) + 3 * num_blocks  # of a block, one after attention and two in the MLP
 
 
+MODES = {
+    'training': (True, torch.enable_grad), 'evaluation': (False, torch.enable_grad), 'no_grad': (False, torch.no_grad),
+    'inference': (False, torch.inference_mode)}
+# all that the registered models are, and CvT-LS with full attention and global tokens
+KINDS_OF_LAYERS = [*((name, {}) for name in one_of_each_kind()), ('cvt_ls_13', dict(
+    attn_types=('ls', 'full', 'full'), num_global_tokens=(2, 1, 1), rel_pos_bias=True, global_pool='token'))]
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name, kwargs', KINDS_OF_LAYERS)
+def test_hooks_see_every_module_once(name, kwargs, mode):
+    """And a tensor for an output of blocks, attention and all that is in them, for tools that hook or count calls."""
+    training, context = MODES[mode]
+    model = create(name, **kwargs).train(training)
+    calls, outputs = collections.Counter(), {}
+
+    def hook(key, module, args, out):
+        calls[key] += 1
+        outputs[key] = out
+
+    for key, module in model.named_modules():
+        module.register_forward_hook(partial(hook, key))
+    with context():
+        model(image())
+    idle = {key for key, module in model.named_modules()
+            if isinstance(module, torch.nn.ModuleList) or key.endswith('attn_drop')  # whose rate attention reads
+            or key.startswith('pool') and model.num_global_tokens > 0}
+    assert calls == {key: 1 for key, _ in model.named_modules() if key not in idle}
+    for i, (stage, info) in enumerate(zip(model.stages, model.feature_info, strict=True)):
+        rows, cols = (-(-side // info['reduction']) for side in SIZE)
+        for key, out in outputs.items():
+            if re.fullmatch(rf'stages\.{i}\.blocks\.\d+(\.attn|\.mlp|\.norm\d|\.attn\.proj|\.mlp\.fc2)?', key):
+                assert type(out) is torch.Tensor
+                assert out.shape == (2, stage.num_global_tokens + rows * cols, info['num_chs']), key
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_operations_are_counted(name, mode):
+    """torch's counter follows a forward pass in every mode, to the last multiply-add."""
+    training, context = MODES[mode]
+    model = timm.create_model(name).train(training)
+    with context(), FlopCounterMode(display=False) as counter:
+        model(image(1, size=(80, 80)))
+    assert counter.get_total_flops() == 2 * macs_by_hand(model, 80)
+    counts = counter.get_flop_counts()
+    assert sum(counts[f'{type(model).__name__}.stages'].values()) == 2 * (
+        macs_by_hand(model, 80) - model.num_features * model.num_classes)
+
+
+@every_kind
+def test_fake_tensors_leave_nothing_behind(name):
+    """Forward passes without values, on devices that are not there, then one with values that is right."""
+    model, size = create(name).eval(), (113, 87)  # not a size that anything was made for
+    weights = model.state_dict()
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(image(size=size))).shape == (2, model.num_classes)
+        for device in ('cpu', 'cuda', 'cuda'):  # what was kept of one mode, another would refuse
+            with FakeTensorMode() as mode:
+                fake = {key: mode.from_tensor(value).to(device) for key, value in weights.items()}
+                out = torch.func.functional_call(model, fake, torch.empty(2, 3, *size, device=device))
+                assert out.shape == (2, model.num_classes) and out.device.type == device
+        actual = model(image(size=size))
+        with timm_ls.attention_implementation('masked'):
+            expected = model.double()(image(size=size).double())
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_first_layer_of_other_channels(name):
+    """In the place of the first convolution: it decides what images the model takes, and torch says what it refuses."""
+    model = timm.create_model(name, pretrained=True).eval()
+    expected = model(image())
+    first = model.stages[0].embed.proj
+    model.stages[0].embed.proj = torch.nn.Conv2d(
+        6, first.out_channels, first.kernel_size, stride=first.stride, padding=first.padding)
+    model.stages[0].embed.proj.load_state_dict(dict(
+        weight=torch.cat([first.weight / 2, first.weight / 2], dim=1), bias=first.bias))
+    six = image().repeat(1, 2, 1, 1)
+    for out in (model(six), model.forward_head(model.forward_intermediates(six)[0])):
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match='to have 6 channels, but got 3 channels'):
+        model(image())
+
+
+def omega(*sides):
+    """What configurations of OmegaConf and Hydra hold for a list."""
+    return pytest.importorskip('omegaconf', reason='omegaconf is not installed').OmegaConf.create(list(sides))
+
+
+@pytest.mark.parametrize('img_size, expected', [
+    (np.int64(256), (256, 256)), (np.int32(96), (96, 96)), (np.uint8(200), (200, 200)), (np.array(64), (64, 64)),
+    ((np.int64(96), np.int64(160)), (96, 160)), (np.array([96, 160]), (96, 160)), ([96, 160], (96, 160)),
+    (torch.Size([96, 160]), (96, 160)), (torch.tensor([96, 160]), (96, 160)), (lambda: omega(96, 160), (96, 160)),
+])
+@pytest.mark.parametrize('name, kwargs', [
+    ('test_vil_ls', {}), ('test_cvt_ls', dict(attn_types=('ls', 'full', 'full'), rel_pos_bias=True))])
+def test_image_sizes_of_any_integers(tmp_path, name, kwargs, img_size, expected):
+    """As they come from configurations, wherever a size is taken; what is kept of it is plain."""
+    img_size = img_size() if callable(img_size) else img_size
+
+    def shapes(model):
+        return {key: value.shape for key, value in model.state_dict().items()}
+
+    wanted = shapes(timm.create_model(name, img_size=expected, **kwargs))
+    assert shapes(timm.create_model(name, img_size=img_size, **kwargs)) == wanted
+    model = timm.create_model(name, img_size=32, **kwargs)
+    assert shapes(model) != wanted
+    model.set_input_size(img_size)
+    assert shapes(model) == wanted
+    assert model(image(1, size=expected)).isfinite().all()
+    for kept in (model, timm.create_model(name, img_size=img_size, **kwargs)):
+        save_for_hf(kept, tmp_path)
+        assert json.loads((tmp_path / 'config.json').read_text())['model_args']['img_size'] == list(expected)
+        assert timm.models.get_model_input_config(kept)['input_size'] == (3, *expected)
+    assert count_macs(model, img_size) == count_macs(model, expected)
+
+
+@pytest.mark.parametrize('img_size', [96., (96, 160.), '96', np.float32(96), (96, 96, 96), np.array([0, 96])])
+def test_image_sizes_that_are_none(img_size):
+    for take in (timm.create_model('test_vil_ls').set_input_size, lambda size: timm.create_model(
+            'test_vil_ls', img_size=size), lambda size: count_macs(timm.create_model('test_vil_ls'), size)):
+        with pytest.raises(ValueError, match='expected a side, or height and width, in pixels'):
+            take(img_size)
+
+
 @every_kind
 def test_exportable(name):
     """Attention in plain operators where timm's `exportable` asks for them, and fused otherwise."""
@@ -140,6 +276,21 @@ def test_attributes(name):
     x = torch.zeros(1, *cfg['input_size'], device='meta')
     assert model.forward_features(x).shape == (1, model.num_features, *cfg['pool_size'])
     assert timm.get_pretrained_cfg_value(name, 'min_input_size') == (3, 32, 32)
+
+
+@every_model
+def test_weights_have_the_names_and_shapes_of_the_release(name):
+    """So that weights saved by release 0.1.0 load, and the other way round."""
+    released = json.loads((TESTS / 'golden' / 'state_dicts.json').read_text())
+    assert released.keys() == set(NAMES)
+    expected = []
+    for key, shape in released[name]['shapes'].items():
+        stage = re.match(r'stages\.(\d+)\.blocks\.\*', key)
+        depth = released[name]['depths'][int(stage[1])] if stage else 1
+        expected += [(key.replace('*', str(block)), shape) for block in range(depth)]
+    state_dict = timm.create_model(name, device='meta').state_dict()
+    assert {key: list(value.shape) for key, value in state_dict.items()} == dict(expected)
+    assert len(expected) == len(state_dict)
 
 
 @every_kind
@@ -473,6 +624,24 @@ def test_copies(name):
         assert torch.equal(other(x), expected)
         torch.nn.init.zeros_(other.norm.weight)
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings('ignore:torch.ao.quantization is deprecated')
+@every_kind
+def test_dynamic_quantization(tmp_path, name):
+    """Quantized, saved, and loaded into a model that is quantized in its turn: the same, bit by bit."""
+    model = create(name).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    torch.save(quantized.state_dict(), tmp_path / 'quantized.pth')
+    weights = torch.load(tmp_path / 'quantized.pth')
+    assert any(not isinstance(value, torch.Tensor) for value in weights.values())
+    restored = torch.ao.quantization.quantize_dynamic(create(name).eval(), {torch.nn.Linear})
+    x = image()
+    assert not torch.equal(restored(x), quantized(x))
+    restored.load_state_dict(weights)
+    assert torch.equal(restored(x), quantized(x))
+    expected = model(x)
+    assert 0 < (quantized(x) - expected).abs().max() < .1 * expected.abs().max()
 
 
 @every_kind

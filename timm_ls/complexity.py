@@ -1,12 +1,12 @@
 """What a model costs: parameters, and multiply-adds counted operator by operator."""
 import copy
-from typing import Tuple, Union
 
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .ops.window_attention import attention_implementation
+from .pyramid_transformer import ImageSize, grid_size
 
 __all__ = ['count_macs', 'count_parameters']
 
@@ -16,7 +16,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, img_size: Union[int, Tuple[int, int]] = 224) -> int:
+def count_macs(model: nn.Module, img_size: ImageSize = 224) -> int:
     """Multiply-adds of one image's forward pass, in matrix products and convolutions, as eager mode executes them.
 
     Counted by torch's `FlopCounterMode` on a copy on the meta device: nothing is computed. Keys outside the image
@@ -26,7 +26,7 @@ def count_macs(model: nn.Module, img_size: Union[int, Tuple[int, int]] = 224) ->
         model: Takes images [B, in_chans, H, W]; 3 channels if it does not say.
         img_size: Side, or height and width, in pixels.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    height, width = grid_size(img_size, 1)
     model = copy.deepcopy(model).to('meta').eval()
     image = torch.zeros(
         1, getattr(model, 'in_chans', 3), height, width, device='meta', dtype=next(model.parameters()).dtype)

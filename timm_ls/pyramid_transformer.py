@@ -539,8 +539,9 @@ class PyramidTransformer(nn.Module):
 def grid_size(img_size: ImageSize, reduction: int) -> Tuple[int, int]:
     """Return rows and columns of tokens that a level of stride `reduction` has for an image: every part is covered."""
     try:
-        height, width = img_size if hasattr(img_size, '__len__') else (img_size, img_size)  # type: ignore[misc]
-        height, width = index(height), index(width)
+        is_pair = hasattr(img_size, '__len__') and getattr(img_size, 'ndim', 1) > 0
+        sides: Any = img_size if is_pair else (img_size, img_size)
+        height, width = map(index, sides)
     except (TypeError, ValueError):
         height = width = 0
     if min(height, width) < 1:

@@ -23,6 +23,8 @@ __all__ = [
     'resize_tables',
 ]
 
+torch.fx.wrap('as_value')  # what mode a graph is captured in says nothing of the modes it will run in
+
 MAX_INDEX: Final[int] = 2 ** 20  # values that are looked up by an index of their own, which takes 8 bytes each
 
 
@@ -201,4 +203,17 @@ class RelPosBias2d(nn.Module):
             The table, [num_heads, rows, cols]. For global tokens (None without), the bias of their queries for patches
             and of patches for them, [2, num_heads, g], and among them, [num_heads, g, g].
         """
-        return self.table, self.global_patch, self.global_global
+        global_patch = None if self.global_patch is None else as_value(self.global_patch)
+        global_global = None if self.global_global is None else as_value(self.global_global)
+        return as_value(self.table), global_patch, global_global
+
+
+def as_value(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter as a module may return it: in inference mode, it must not say that it needs a gradient.
+
+    There it has none, and torch's `ModuleTracker`, which counts operations, fails on looking for it.
+    """
+    if torch.jit.is_scripting():
+        return parameter
+    else:
+        return parameter.detach() if torch.is_inference_mode_enabled() else parameter

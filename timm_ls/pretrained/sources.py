@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from timm.models import build_model_with_cfg, create_model, resolve_pretrained_cfg
 
 from .._compat import http_get
+from ..pyramid_transformer import grid_size
 from .checkpoint import check_state_dict, read_checkpoint, unwrap_state_dict
 
 __all__ = ['build_model', 'catalogue', 'convert_checkpoint', 'published_sources', 'structure_digest']
@@ -94,7 +95,10 @@ def build_model(
     Raises:
         FileNotFoundError: The file named by the config does not exist.
         RuntimeError: No source has the weights, they are damaged, or they belong to another architecture.
+        ValueError: An argument is out of range; the message names it.
     """
+    if 'img_size' in kwargs:  # timm knows Python's integers only, and keeps it
+        kwargs['img_size'] = grid_size(kwargs['img_size'], 1)
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
         path = find_weights(variant, cfg, pretrained_filter_fn, cache_dir)
