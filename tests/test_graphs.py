@@ -106,7 +106,9 @@ def test_make_fx(name, kwargs, mode):
 
 @pytest.mark.parametrize('name, kwargs', [
     pytest.param('vil_ls_tiny', dict(ONE_STAGE, patch_sizes=(8,)), id='vil'),
-    pytest.param('cvt_ls_13', dict(ONE_STAGE, patch_sizes=(7,), patch_strides=(8,), patch_paddings=(0,)), id='cvt', marks=pytest.mark.slow),
+    pytest.param(
+        'cvt_ls_13', dict(ONE_STAGE, patch_sizes=(7,), patch_strides=(8,), patch_paddings=(0,)), id='cvt',
+        marks=pytest.mark.slow),
 ])
 def test_make_fx_symbolic(name, kwargs):
     """One graph for all sizes and batches; traced with a batch that no other size equals, which torch would join."""

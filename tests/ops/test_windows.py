@@ -58,8 +58,8 @@ def test_tiles():
 def test_plans():
     """What a tile gathers is what its queries see, biases included; what each head sums is where it was gathered from.
 
-    One group for each part of the halo, or for each shape. Written out in numbers: of every token of the map its own, of
-    every entry of the bias its own.
+    One group for each part of the halo, or for each shape. Written out in numbers: of every token of the map its own,
+    of every entry of the bias its own.
     """
     for seed in range(60):
         batch, height, width, window, first, rows, _, cut = random_tiles(seed)

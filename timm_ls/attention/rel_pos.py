@@ -213,7 +213,7 @@ def as_value(parameter: torch.Tensor) -> torch.Tensor:
 
     There it has none, and torch's `ModuleTracker`, which counts operations, fails on looking for it.
     """
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or is_captured():
         return parameter
     else:
         return parameter.detach() if torch.is_inference_mode_enabled() else parameter
