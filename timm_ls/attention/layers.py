@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..ops.autocast import is_autocast, without_autocast
 from ..ops.capture import is_captured
 
-__all__ = ['LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_tokens']
+__all__ = ['LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_tokens', 'split_tokens']
 
 # torch.fx knows neither sizes nor types
 torch.fx.wrap('check_global_tokens')
@@ -65,6 +65,16 @@ def layer_norm(
             normalized = normalized * weight if bias is None else torch.addcmul(bias, normalized, weight)
             return normalized.to(x.dtype)
         return F.layer_norm(x, shape, weight, bias, eps)
+
+
+def split_tokens(x: torch.Tensor, num_global_tokens: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return global tokens and map of a sequence [B, g + N, ...], as views whose backward fills no zeros."""
+    if is_captured():  # the number of tokens may be a symbol
+        return x[:, :num_global_tokens], x[:, num_global_tokens:]
+    if num_global_tokens == 0:
+        return x.new_empty(x[:, :0].shape), x
+    global_tokens, tokens = x.split([num_global_tokens, x.shape[1] - num_global_tokens], dim=1)
+    return global_tokens, tokens
 
 
 def check_heads(dim: int, num_heads: int) -> None:
