@@ -18,6 +18,7 @@ import timm
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from timm_ls import FullAttention2d, LongShortAttention2d, attention_implementation
 from timm_ls.ops import chunks
@@ -349,6 +350,32 @@ def test_transforms(name, monkeypatch):
     monkeypatch.setattr(chunks, 'CPU_CHUNK_BYTES', 1)
     with torch.no_grad():
         torch.testing.assert_close(torch.vmap(model)(x[:, None])[:, 0], model(x), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_forward_mode(name):
+    """Derivatives by `forward_ad` along a direction of images and parameters: finite differences in float64."""
+    model, x = copy.deepcopy(shared_model(name)).double(), torch.randn(2, 3, 45, 70, dtype=torch.float64)
+    inputs = {'x': x, **dict(model.named_parameters())}
+    generator = torch.Generator().manual_seed(0)
+    direction = {
+        key: torch.randn(value.shape, generator=generator, dtype=value.dtype) * value.detach().std(correction=0)
+        for key, value in inputs.items()}
+
+    def logits(inputs):
+        return torch.func.functional_call(model, {key: inputs[key] for key in inputs if key != 'x'}, (inputs['x'],))
+
+    with forward_ad.dual_level():
+        dual = {key: forward_ad.make_dual(value, direction[key]) for key, value in inputs.items()}
+        out = forward_ad.unpack_dual(logits(dual))
+    with torch.no_grad():
+        torch.testing.assert_close(out.primal, model(x), rtol=1e-12, atol=1e-12)
+        step = 1e-6
+        there, back = (logits({key: value + sign * step * direction[key] for key, value in inputs.items()})
+                       for sign in (1, -1))
+    expected = (there - back) / (2 * step)
+    assert expected.abs().min() > 1e-3
+    torch.testing.assert_close(out.tangent, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize('name', MODELS)
