@@ -115,12 +115,14 @@ class DepthwiseConvNorm(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(parts * dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From a map [B, H, W, C] to tokens [B, ceil(H / s) * ceil(W / s), C, parts]."""
+        """From a map [B, H, W, C] to tokens [parts, B, ceil(H / s) * ceil(W / s), C]."""
         x = x.permute(0, 3, 1, 2)
         if is_captured():
             x = x.contiguous()  # BatchNorm over a channels-last map of unknown size is not exported
         x = self.norm(self.conv(x))
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[2] * x.shape[3], self.dim, self.parts)
+        x = x.permute(0, 2, 3, 1).reshape(x.shape[0], x.shape[2] * x.shape[3], self.dim, self.parts)
+        x = x.permute(3, 0, 1, 2)
+        return x if is_captured() else x.contiguous()  # once, for all linear layers that come
 
     @torch.jit.ignore
     def fuse(self) -> nn.Module:
@@ -194,12 +196,11 @@ class ConvQkv(nn.Module):
         B, C = x.shape[0], x.shape[2]
         global_tokens = x[:, :num_global_tokens]
         maps = x[:, num_global_tokens:].reshape(B, size[0], size[1], C)
-        queries = self.depthwise(maps)  # [B, N, C, 1 or 3]
         if self.depthwise_kv is not None:
-            keys = self.depthwise_kv(maps)
-            q, k, v = queries[..., 0], keys[..., 0], keys[..., 1]
+            q = self.depthwise(maps)[0]
+            k, v = self.depthwise_kv(maps).unbind(0)
         else:
-            q, k, v = queries[..., 0], queries[..., 1], queries[..., 2]
+            q, k, v = self.depthwise(maps).unbind(0)
         if num_global_tokens > 0:
             q = torch.cat([global_tokens, q], dim=1)
             k = torch.cat([global_tokens, k], dim=1)
