@@ -217,6 +217,8 @@ def test_crops_keep_their_shape(recipe):
             assert .99 * smallest < box['height'] * box['width'] / 1e6 < 1.01 * largest
             stretch = size[0] / box['height'] / (size[1] / box['width'])
             assert .74 < stretch < 1.35 or box['width'] == 1000, box
+        blur = next(x for x in view.transform.transforms if hasattr(x, 'sigmas'))
+        np.testing.assert_allclose(blur.sigmas, [.1 * 64 / 224, 2 * 64 / 224])  # DINO's at 224 pixels
 
 
 # runs
@@ -261,6 +263,41 @@ def test_killed_run_ends_with_the_same_weights(tmp_path, pictures, recipe, save_
     assert not [place for place, value in expected.items() if not torch.equal(actual[place], value)]
     moved = [place for place in expected if place[0] == 'state_dict' and 'center' in place[1]]
     assert len(moved) == 2 and all(expected[place].abs().max() > 0 for place in moved)
+
+
+def test_schedules(tmp_path, pictures, recipe, monkeypatch):
+    """Learning rate, weight decay, temperature and momentum of every step; the last layer stays as it is at first."""
+    moves = []
+
+    def moved(student, teacher, m):
+        moves.append(m)
+        update(student, teacher, m)
+
+    update = recipe.update_momentum
+    monkeypatch.setattr(recipe, 'update_momentum', moved)
+    more = ['--lr', .64, '--warmup', .25, '--weight-decay', .1, '--weight-decay-end', .5, '--momentum', .9,
+            '--warmup-teacher-temp', .02, '--teacher-temp', .05, '--teacher-temp-warmup', .5, '--freeze-last-layer', 2]
+    output = tmp_path / 'out'
+    run(recipe, '--data-dir', pictures / 'train', *SMALL, *more, '--save-steps', STEPS, '--output', output)
+    step = np.arange(STEPS)
+    cosine = (1 + np.cos(np.pi * step / (STEPS - 1))) / 2
+    np.testing.assert_allclose(moves, 1 - .1 * cosine)
+    np.testing.assert_allclose(
+        logged(output, 'lr'), .01 * np.where(step < 3, step / 3, (1 + np.cos(np.pi * step / STEPS)) / 2), rtol=1e-5)
+    np.testing.assert_allclose(logged(output, 'teacher_temp'), np.minimum(.02 + .03 * step / 6, .05), rtol=1e-5)
+
+    checkpoint = torch.load(next(output.glob('step=*.ckpt')), weights_only=False)
+    groups = checkpoint['optimizer_states'][0]['param_groups']
+    assert {(group['weight_decay'], group['decays']) for group in groups} == {(0., False), (.5, True)}
+    start = recipe.SelfDistillation(arguments(recipe)).state_dict()
+    changed = {name for name, value in start.items()
+               if not torch.equal(value, checkpoint['state_dict'][f'distillation.{name}'])}
+    assert not [name for name in changed if 'last_layer' in name and name.startswith('student')]
+    assert {'student.view_head.layers.0.weight', 'student.backbone.stages.0.embed.proj.weight',
+            'teacher.region_head.layers.0.weight', 'view_loss.center', 'region_loss.center.center'} < changed
+    names = dict(recipe.SelfDistillation(arguments(recipe)).student.named_parameters())
+    exempt = recipe.SelfDistillation(arguments(recipe)).student.no_weight_decay()
+    assert 'backbone.stages.0.global_tokens' in exempt and exempt <= names.keys()
 
 
 LEARN = ['--epochs', 12, '--lr', 6.4e-2, '--teacher-temp', .02, '--warmup-teacher-temp', .02, '--drop-path', 0]
@@ -457,13 +494,36 @@ def test_folders_that_do_not_do_are_refused(tmp_path, pictures, recipe):
 
 
 def test_a_collapsed_run_stops(tmp_path, pictures, recipe, monkeypatch):
-    """A teacher that says the same of all images is noticed, by what it says or by its features."""
+    """A teacher that says the same of all images, being too warm here."""
     monkeypatch.setattr(recipe, 'PATIENCE', 4)
     with pytest.raises(SystemExit, match='Collapsed: the teacher has said the same of all images for 4 steps') as stop:
         run(recipe, '--data-dir', pictures / 'train', *SMALL, '--teacher-temp', 50, '--warmup-teacher-temp', 50,
             '--output', tmp_path / 'out')
     assert '(at most 4.1589)' in str(stop.value) and 'Start again with a smaller --lr' in str(stop.value)
     assert not (tmp_path / 'out' / 'weights.safetensors').exists()
+
+
+@pytest.mark.parametrize('collapsed', [dict(information=.001, deviation=.5), dict(information=.5, deviation=.001)])
+@pytest.mark.parametrize('recovers', [True, False])
+def test_collapse_counts_only_in_a_row(tmp_path, pictures, recipe, monkeypatch, collapsed, recovers):
+    """Either measure stops a run, at the limit; one check that finds it healthy starts the count again."""
+    checks = []
+
+    def spread(*_):
+        checks.append(len(checks))
+        healthy = dict(information=.5, deviation=.5)
+        return dict(entropy=1., **healthy if recovers and len(checks) % 4 == 0 else collapsed)
+
+    monkeypatch.setattr(recipe, 'PATIENCE', 4)
+    monkeypatch.setattr(recipe, 'spread', spread)
+    common = ['--data-dir', pictures / 'train', *SMALL, '--output', tmp_path / 'out']
+    if recovers:
+        run(recipe, *common)
+        assert len(checks) == STEPS
+    else:
+        with pytest.raises(SystemExit, match='Collapsed'):
+            run(recipe, *common)
+        assert len(checks) == 4
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path, pictures, recipe):

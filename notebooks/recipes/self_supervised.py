@@ -158,13 +158,19 @@ def find_images(args):
 
 
 def multi_crop(args, mean, std):
-    """DINO's augmentation by lightly, whose crops have the shape that they are resized to, give or take a third."""
+    """DINO's augmentation by lightly, for large crops of any size and shape.
+
+    Crops are cut out in the shape that they are resized to, give or take a third, and blur is as wide, in parts of a
+    large crop, as at DINO's 224 pixels.
+    """
+    scale = min(args.global_size) / 224
     transform = DINOTransform(
         global_crop_size=args.global_size,
         global_crop_scale=tuple(args.global_scale),
         local_crop_size=args.local_size,
         local_crop_scale=tuple(args.local_scale),
         n_local_views=args.local_crops,
+        sigmas=(.1 * scale, 2 * scale),
         normalize=dict(mean=mean, std=std),
     )
     for view in transform.transforms:
