@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from paths import HELPERS, RECIPES, ROOT
-from PIL import Image
+from paths import RECIPES
+from recipe_runs import assert_same_weights, draw_pictures, environment, run, run_killed
 from safetensors.torch import load_file
 
 import timm_ls
@@ -30,16 +28,7 @@ STEPS_PER_EPOCH, STEPS = 6, 12
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Dark and light noise, 24 images for training in two classes, not square."""
-    rng = np.random.default_rng(0)
-    for split, number in (('train', 12), ('val', 3)):
-        for label, level in (('dark', 80), ('light', 170)):
-            folder = tmp_path / 'pictures' / split / label
-            folder.mkdir(parents=True)
-            for i in range(number):
-                noise = rng.normal(level, 60, (64, 80, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(noise).save(folder / f'{i}.png')
-    return tmp_path / 'pictures'
+    return draw_pictures(tmp_path / 'pictures')
 
 
 @pytest.fixture
@@ -54,35 +43,6 @@ def recipe(request, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def alone():
-    """What torchrun sets, for one process."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    return dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='localhost', MASTER_PORT=str(port))
-
-
-def run(recipe, *arguments):
-    """Run a recipe in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        if recipe.__name__ == 'fsdp':
-            for name, value in alone().items():
-                patch.setenv(name, value)
-        recipe.main(list(map(str, arguments)))
-
-
-def environment():
-    return dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-
-
-def run_killed(step, script, *arguments):
-    """Run a script that is killed in a step of training."""
-    command = [sys.executable, HELPERS / 'killed_run.py', step, script, *arguments]
-    env = dict(environment(), **alone() if Path(script).stem == 'fsdp' else {})
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
-    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
-
-
 def logged_losses(name, output, printed):
     """The loss of each step, as the engine logs it."""
     if name == 'hf_trainer':
@@ -92,13 +52,6 @@ def logged_losses(name, output, printed):
         with open(output / 'logs' / 'version_0' / 'metrics.csv') as file:
             return [float(row['loss']) for row in csv.DictReader(file) if row['loss']]
     return [float(line.split('loss ')[1]) for line in printed.splitlines() if line.startswith('step ')]
-
-
-def assert_same_weights(actual, expected):
-    actual, expected = load_file(actual / 'weights.safetensors'), load_file(expected / 'weights.safetensors')
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), f'{name}: {(actual[name] - value).abs().max()}'
 
 
 EPOCH_END = pytest.param(STEPS_PER_EPOCH, 8, marks=pytest.mark.slow)

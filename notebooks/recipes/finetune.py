@@ -17,21 +17,16 @@ from torchvision.datasets import ImageFolder
 import timm_ls  # noqa: F401 registers the models
 
 
-def parser(description):
-    """The arguments of every recipe."""
+def training_parser(description, data_dir):
+    """The arguments of every recipe that trains; `data_dir` says what images it takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument(
-        '--data-dir', required=True, help='folder with a folder of images per class, or such folders train and val')
+    parser.add_argument('--data-dir', required=True, help=data_dir)
     parser.add_argument('--output', default='output', help='folder for checkpoints and weights')
     parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint in --output, if any')
     parser.add_argument('--model', default='vil_ls_medium')
-    parser.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
     parser.add_argument('--pretrained-path', help='start from the weights in this file; the classifier may differ')
-    parser.add_argument('--img-size', type=int, help='side in pixels; the native one of the model if left out')
     parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--batch-size', type=int, default=32, help='images per process')
-    parser.add_argument('--lr', type=float, default=2e-4, help='learning rate of the last layer')
-    parser.add_argument('--layer-decay', type=float, default=.8, help='factor on the learning rate from layer to layer')
     parser.add_argument('--weight-decay', type=float, default=.05)
     parser.add_argument('--warmup', type=float, default=.1, help='part of the steps in which the learning rate rises')
     parser.add_argument('--drop-path', type=float, default=.1, help='stochastic depth')
@@ -42,6 +37,16 @@ def parser(description):
     parser.add_argument('--log-steps', type=int, default=10)
     parser.add_argument('--workers', type=int, default=4, help='processes that load images')
     parser.add_argument('--seed', type=int, default=42)
+    return parser
+
+
+def parser(description):
+    """The arguments of every recipe that fine-tunes."""
+    parser = training_parser(description, 'folder with a folder of images per class, or such folders train and val')
+    parser.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
+    parser.add_argument('--img-size', type=int, help='side in pixels; the native one of the model if left out')
+    parser.add_argument('--lr', type=float, default=2e-4, help='learning rate of the last layer')
+    parser.add_argument('--layer-decay', type=float, default=.8, help='factor on the learning rate from layer to layer')
     return parser
 
 

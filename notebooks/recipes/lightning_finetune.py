@@ -39,16 +39,19 @@ class ResumableLoader(DataLoader):
         self.first = state['position']
 
 
+def train_loader(args, images, trainer):
+    """The images of one process, in an order that a resumed run goes on with."""
+    sampler = ReplayableSampler(images, args.seed, num_replicas=trainer.world_size, rank=trainer.global_rank)
+    return ResumableLoader(images, batch_size=args.batch_size, sampler=sampler, num_workers=args.workers)
+
+
 class Images(lightning.LightningDataModule):
     def __init__(self, args, train, val):
         super().__init__()
         self.args, self.train, self.val = args, train, val
 
     def train_dataloader(self):
-        sampler = ReplayableSampler(
-            self.train, self.args.seed, num_replicas=self.trainer.world_size, rank=self.trainer.global_rank)
-        return ResumableLoader(
-            self.train, batch_size=self.args.batch_size, sampler=sampler, num_workers=self.args.workers)
+        return train_loader(self.args, self.train, self.trainer)
 
     def val_dataloader(self):
         return DataLoader(self.val, batch_size=self.args.batch_size, num_workers=self.args.workers) if self.val else []
