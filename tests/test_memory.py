@@ -12,17 +12,19 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from paths import ROOT
 
 import timm_ls  # noqa: F401 registers the models
 from timm_ls.attention import rel_pos
 from timm_ls.benchmark import Setting, resident_bytes, run_peak_memory
 from timm_ls.ops import windows
+
+ROOT = Path(__file__).parents[1]  # run as a script, this file finds no helpers
 
 MODELS = ('vil_ls_small_hires', 'cvt_ls_13')
 FORMULA_SIZES = ((224, 224), (384, 640), (512, 512), (800, 1333), (1024, 1024), (1536, 1536), (2048, 2048))

@@ -59,10 +59,10 @@ def cut_tiles(
         window_size: int,
         first_row: int,
 ) -> Iterator[Tile]:
-    """Cut a call's windows into tiles whose gathered keys and values take about three times `chunk_bytes`."""
+    """Cut a call's windows into tiles whose gathered keys and values take about twice `chunk_bytes`."""
     B, rows, W, C = q.shape
     num_keys = additional_kv.shape[1] + (window_size + 2 * halo_width(window_size)) ** 2
-    windows = 3 * chunk_bytes(q.device) // (num_keys * 2 * C * q.element_size())
+    windows = 2 * chunk_bytes(q.device) // (num_keys * 2 * C * q.element_size())
     return tiles(B, kv.shape[1], W, window_size, first_row, rows, windows)
 
 
