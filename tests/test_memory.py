@@ -1,7 +1,7 @@
 """Memory: nothing stays behind from one image size to the next; a formula predicts the peaks.
 
     python tests/test_memory.py growth    # the curve: memory of a process over 500 image sizes; --without-onednn
-    python tests/test_memory.py peaks     # measures peaks, fits the formula, prints the README's table
+    python tests/test_memory.py peaks     # measures peaks, fits the formula, prints the table of timm_ls/MEASUREMENTS.md
     python tests/test_memory.py process vil_ls_small_hires 4096   # one image of that side; the whole process's peak
 """
 import ctypes
@@ -84,12 +84,12 @@ def measure_peaks(name: str, sizes=FORMULA_SIZES) -> dict:
     return peaks
 
 
-def readme_formula() -> dict:
-    """What the README's table says: model to coefficients."""
-    readme = (ROOT / 'README.md').read_text()
+def documented_formula() -> dict:
+    """What the table of measurements says: model to coefficients."""
+    page = (ROOT / 'timm_ls' / 'MEASUREMENTS.md').read_text()
     number = r'([\d.]+)'
     rows = re.findall(
-        rf'^\| `(\w+)` \| min\({number} B x pixels, {number} MiB \+ {number} B x pixels\) \|', readme, re.M)
+        rf'^\| `(\w+)` \| min\({number} B x pixels, {number} MiB \+ {number} B x pixels\) \|', page, re.M)
     return {name: (float(whole), float(piece) * 2 ** 20, float(held)) for name, whole, piece, held in rows}
 
 
@@ -133,8 +133,8 @@ def test_no_growth(name):
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 @pytest.mark.parametrize('name', MODELS)
 def test_formula(name):
-    """The README's formula is within 15% of the peaks measured from 224 to 2048 pixels."""
-    coefficients = readme_formula()[name]
+    """The documented formula is within 15% of the peaks measured from 224 to 2048 pixels."""
+    coefficients = documented_formula()[name]
     for (height, width), peak in measure_peaks(name).items():
         predicted = predict(coefficients, height, width)
         print(f'{name} at {height} x {width}: {peak / 2 ** 20:.0f} MiB, predicted {predicted / 2 ** 20:.0f}')
@@ -155,7 +155,7 @@ def test_large_images(name, side, limit):
 
 
 def main() -> None:
-    """Print the curve of growth, the README's table of peaks, or a process's peak for one image."""
+    """Print the curve of growth, the table of peaks, or a process's peak for one image."""
     command, *names = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
     if command == 'growth' and len(names) != 1:
         for name in names or ('test_vil_ls', 'test_cvt_ls'):  # each in a process of its own, with nothing to reuse
