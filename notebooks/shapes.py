@@ -1,6 +1,6 @@
 """Generated images to learn detection and segmentation from: overlapping shapes on real photographs, nothing to load.
 
-Shapes are filled with a colour mixed with another photograph. The hue tells the class of most shapes, not of all. Later
+Shapes are filled with a color mixed with another photograph. The hue tells the class of most shapes, not of all. Later
 shapes hide earlier ones; boxes and masks are those of what is visible. Backgrounds are photographs that come with
 scikit-learn and scikit-image, held-out images have photographs of their own.
 """
@@ -20,7 +20,7 @@ PHOTOS = {
     'train': ('china', 'flower', 'astronaut', 'cat', 'hubble_deep_field', 'retina'),
     'held_out': ('coffee', 'rocket', 'immunohistochemistry'),
 }
-HUE_SPREAD = 0.1  # of a class, whose mean hues are a third apart: colour alone is wrong in a tenth of the shapes
+HUE_SPREAD = 0.1  # of a class, whose mean hues are a third apart: color alone is wrong in a tenth of the shapes
 MIN_VISIBLE = 0.4  # of a shape's area; a new shape that would hide more of another one is left out
 
 
@@ -34,7 +34,7 @@ def photo(name: str) -> Image.Image:
 
 
 def random_crop(split: str, size: Tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A crop of a random photograph, [H, W, 3] in 0..1: scale, sides, order of colours and contrast are random.
+    """A crop of a random photograph, [H, W, 3] in 0..1: scale, sides, order of colors and contrast are random.
 
     There are few photographs: a model that has seen little else takes whatever it does not know for a shape.
     """
@@ -97,8 +97,8 @@ class Shapes(torch.utils.data.Dataset):
             masks, areas, labels = [*visible, shape], [*areas, shape.sum()], [*labels, label]
             texture = random_crop(self.split, self.size, rng)
             hue = label / (len(CLASSES) - 1) + rng.normal(0, HUE_SPREAD)
-            colour = np.float32(colorsys.hsv_to_rgb(hue % 1, rng.uniform(.6, 1.), rng.uniform(.6, 1.)))
-            image[shape] = 0.8 * colour + 0.2 * texture[shape]
+            color = np.float32(colorsys.hsv_to_rgb(hue % 1, rng.uniform(.6, 1.), rng.uniform(.6, 1.)))
+            image[shape] = 0.8 * color + 0.2 * texture[shape]
             if len(masks) == wanted:
                 break
         masks = torch.from_numpy(np.stack(masks))

@@ -26,7 +26,7 @@ from timm_ls.benchmark import (
     paired_ratio,
     peak_memory,
     released_architecture,
-    summarise,
+    summarize,
     time_in_turns,
 )
 
@@ -59,9 +59,9 @@ def test_summary():
     base = dict(seconds=[1., 1., 3.], peak_bytes=100, error=None)
     where = setting(mode='train', batch_size=4)
     alone = dict(median_s=4., iqr_s=2., images_per_s=1., matmul_fraction=pytest.approx(6 / 60))
-    assert summarise(cell, base, where, 60.) == dict(alone, speed=.5, memory=3.)
-    assert summarise(cell, dict(base, error='out of memory'), where, 60.) == alone
-    forward = summarise(cell, base, setting(batch_size=4), 60.)
+    assert summarize(cell, base, where, 60.) == dict(alone, speed=.5, memory=3.)
+    assert summarize(cell, dict(base, error='out of memory'), where, 60.) == alone
+    forward = summarize(cell, base, setting(batch_size=4), 60.)
     assert forward == dict(alone, matmul_fraction=pytest.approx(2 / 60), speed=.5, memory=3.)
 
 

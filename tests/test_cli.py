@@ -12,7 +12,7 @@ from paths import ROOT
 from PIL import Image
 
 import timm_ls.__main__
-from timm_ls.__main__ import main, open_image, principal_colours, timm_ls_models
+from timm_ls.__main__ import main, open_image, principal_colors, timm_ls_models
 
 
 def test_sample_photo(tmp_path, monkeypatch, capsys):
@@ -111,14 +111,14 @@ def test_run_a_script(tmp_path):
     assert result.stdout == "True ['--model', 'x'] 41\n", result.stderr
 
 
-def test_principal_colours():
+def test_principal_colors():
     """Colours separate what differs most, cope with maps of one token, and stay in range."""
     level = torch.zeros(5, 4, 6)
     level[2, :, 3:] = 1.
-    colours = principal_colours(level)
+    colours = principal_colors(level)
     assert colours.shape == (4, 6, 3)
     assert (colours[:, :3, 0] - colours[:, 3:, 0]).abs().min() > .999
-    assert principal_colours(torch.randn(5, 1, 1)).isfinite().all()
+    assert principal_colors(torch.randn(5, 1, 1)).isfinite().all()
 
 
 def test_readme_table_is_what_the_command_prints(monkeypatch, capsys):

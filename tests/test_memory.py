@@ -1,7 +1,7 @@
 """Memory: nothing stays behind from one image size to the next; a formula predicts the peaks.
 
     python tests/test_memory.py growth    # the curve: memory of a process over 500 image sizes; --without-onednn
-    python tests/test_memory.py peaks     # measures peaks, fits the formula, prints the table of timm_ls/MEASUREMENTS.md
+    python tests/test_memory.py peaks     # measures peaks, fits the formula, prints the table of MEASUREMENTS.md
     python tests/test_memory.py process vil_ls_small_hires 4096   # one image of that side; the whole process's peak
 """
 import ctypes

@@ -175,21 +175,21 @@ def print_classes(logits: torch.Tensor, has_weights: bool) -> None:
         print(f'  {probability.item():6.1%}  {describe(index.item())}')
 
 
-def principal_colours(level: torch.Tensor) -> torch.Tensor:
-    """The three main directions of a map [C, H, W] as colours [H, W, 3] in 0..1."""
+def principal_colors(level: torch.Tensor) -> torch.Tensor:
+    """The three main directions of a map [C, H, W] as colors [H, W, 3] in 0..1."""
     pixels = level.flatten(1).T
     pixels = pixels - pixels.mean(0)
     components = min(3, *pixels.shape)
     u, s, _ = torch.linalg.svd(pixels, full_matrices=False)
-    colours = torch.zeros(pixels.shape[0], 3)
-    colours[:, :components] = u[:, :components] * s[:components]
-    low, high = colours.quantile(torch.tensor([.02, .98]), dim=0)
-    colours = (colours - low) / (high - low).clamp(min=1e-6)
-    return colours.clamp(0, 1).reshape(*level.shape[1:], 3)
+    colors = torch.zeros(pixels.shape[0], 3)
+    colors[:, :components] = u[:, :components] * s[:components]
+    low, high = colors.quantile(torch.tensor([.02, .98]), dim=0)
+    colors = (colors - low) / (high - low).clamp(min=1e-6)
+    return colors.clamp(0, 1).reshape(*level.shape[1:], 3)
 
 
 def draw(rows: list, name: str, reductions: List[int], has_weights: bool, out: str) -> None:
-    """Draw each image beside its levels, at the same size, coloured by their three principal components."""
+    """Draw each image beside its levels, at the same size, colored by their three principal components."""
     matplotlib = import_matplotlib()
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
@@ -203,13 +203,13 @@ def draw(rows: list, name: str, reductions: List[int], has_weights: bool, out: s
         axis_row[0].imshow(picture.permute(1, 2, 0))
         axis_row[0].set_title(f'{Path(path).name}\n{picture.shape[2]} × {picture.shape[1]} pixels', fontsize=11)
         for axis, level, reduction in zip(axis_row[1:], levels, reductions):
-            axis.imshow(principal_colours(level), interpolation='nearest', extent=(0, width, height, 0))
+            axis.imshow(principal_colors(level), interpolation='nearest', extent=(0, width, height, 0))
             C, H, W = level.shape
             axis.set_title(f'stride {reduction}\n{W} × {H} tokens, {C} channels', fontsize=11)
     for axis in axes.flat:
         axis.set_axis_off()
     weights = '' if has_weights else ' (random weights)'
-    figure.suptitle(f'Feature pyramid of {name}{weights}: similar colours, similar features', fontsize=13)
+    figure.suptitle(f'Feature pyramid of {name}{weights}: similar colors, similar features', fontsize=13)
     figure.savefig(out, dpi=110)
     plt.close(figure)
 

@@ -298,11 +298,11 @@ def compare(
     base = cells[args.baseline]
     for cell in cells.values():
         if cell['error'] is None:
-            cell.update(summarise(cell, base, setting, matmul_gflops[setting.dtype]))
+            cell.update(summarize(cell, base, setting, matmul_gflops[setting.dtype]))
     return list(cells.values())
 
 
-def summarise(cell: Dict[str, Any], base: Dict[str, Any], setting: Setting, matmul_gflops: float) -> Dict[str, Any]:
+def summarize(cell: Dict[str, Any], base: Dict[str, Any], setting: Setting, matmul_gflops: float) -> Dict[str, Any]:
     """The fields that follow from what was measured for a model and for the baseline."""
     seconds = cell['seconds']
     median = statistics.median(seconds)

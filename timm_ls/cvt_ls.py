@@ -39,7 +39,7 @@ torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not kno
 
 
 class ConvEmbed(nn.Module):
-    """Overlapping patches, normalised: [B, C_in, H, W] to [B, ceil(H / s), ceil(W / s), C] (CvT, section 3.2).
+    """Overlapping patches, normalized: [B, C_in, H, W] to [B, ceil(H / s), ceil(W / s), C] (CvT, section 3.2).
 
     Sides that the stride does not divide are padded with zeros at the right and the bottom, so that every pixel is
     covered.
@@ -48,7 +48,7 @@ class ConvEmbed(nn.Module):
         in_chans: Channels C_in.
         dim: Channels C.
         kernel_size: Side k of a patch.
-        stride: Distance s of neighbouring patches.
+        stride: Distance s of neighboring patches.
         padding: Zeros p added on each side.
         norm_layer: From channels to a norm over the last dimension.
         device: Where to create parameters.

@@ -45,7 +45,7 @@ def fasterrcnn_fpn(
         ValueError: The backbone has no pyramid of NCHW maps, or an argument is out of range.
     """
     backbone = rcnn_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
-    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
+    kwargs = with_normalization(kwargs, backbone, backbone_kwargs)
     return FasterRCNN(backbone, num_classes, **dict(rcnn_defaults(backbone, anchor_scale), **kwargs))
 
 
@@ -65,7 +65,7 @@ def maskrcnn_fpn(
     """
     backbone = rcnn_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
     defaults = dict(rcnn_defaults(backbone, anchor_scale), mask_roi_pool=roi_pool(backbone, 14, anchor_scale))
-    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
+    kwargs = with_normalization(kwargs, backbone, backbone_kwargs)
     return MaskRCNN(backbone, num_classes, **dict(defaults, **kwargs))
 
 
@@ -101,7 +101,7 @@ def retinanet_fpn(
     backbone = one_stage_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
     sizes = retinanet_sizes(backbone.strides, anchor_scale)
     defaults = dict(anchor_generator=anchor_generator(sizes))
-    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
+    kwargs = with_normalization(kwargs, backbone, backbone_kwargs)
     return RetinaNet(backbone, num_classes, **dict(defaults, **kwargs))
 
 
@@ -124,7 +124,7 @@ def fcos_fpn(
     backbone = one_stage_backbone(backbone_name, pretrained_backbone, trainable_backbone_layers, backbone_kwargs)
     sizes = [[anchor_scale * stride] for stride in backbone.strides]
     defaults = dict(anchor_generator=anchor_generator(sizes, aspect_ratios=(1.,)))
-    kwargs = with_normalisation(kwargs, backbone, backbone_kwargs)
+    kwargs = with_normalization(kwargs, backbone, backbone_kwargs)
     return FCOS(backbone, num_classes, **dict(defaults, **kwargs))
 
 
@@ -184,7 +184,7 @@ def anchor_generator(
     return AnchorGenerator(tuple(tuple(side) for side in sizes), (tuple(aspect_ratios),) * len(sizes))
 
 
-def with_normalisation(
+def with_normalization(
         kwargs: Dict[str, Any],
         backbone: FeaturePyramid,
         backbone_kwargs: Optional[Dict[str, Any]],

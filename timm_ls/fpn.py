@@ -80,8 +80,8 @@ class FeaturePyramid(OnTimmBackbone):
             'p6p7' (two, by strided convolutions, as in RetinaNet and FCOS), any `ExtraFPNBlock`, None, or 'auto': the
             first of these where it reaches stride 64, else the second. So a backbone that ends at stride 16, such as
             CvT-LS, gets its strides 32 and 64 from learned convolutions.
-        level_norm: Normalise each level over its channels before the FPN. The levels of a pre-norm transformer are raw
-            residual sums, so detectors on Swin and ViL do this; a level that is normalised already needs none.
+        level_norm: Normalize each level over its channels before the FPN. The levels of a pre-norm transformer are raw
+            residual sums, so detectors on Swin and ViL do this; a level that is normalized already needs none.
         norm_layer: Norm after each convolution of the FPN, from channels to a module, such as `nn.BatchNorm2d`.
         min_stride: Levels of a smaller stride are left out; 4 leaves out the stem of a ResNet.
         trainable_layers: Levels of the backbone that are trained, counted from its last; see `set_trainable_layers`.
@@ -219,7 +219,7 @@ def timm_fpn_backbone(
         min_stride: Without `out_indices`, use levels from this stride on.
         out_channels: Channels of every map that is returned.
         extra_blocks: What adds levels beyond the last, see `FeaturePyramid`.
-        level_norm: Normalise each level over its channels before the FPN.
+        level_norm: Normalize each level over its channels before the FPN.
         norm_layer: Norm after each convolution of the FPN.
         grad_checkpointing: Recompute activations of the backbone in the backward pass.
         **kwargs: For `timm.create_model`, such as `drop_path_rate` or `pretrained_cfg_overlay`.

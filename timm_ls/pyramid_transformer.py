@@ -107,7 +107,7 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-        """From tokens [B, g + H * W, C] of maps of a size (H, W), global ones first, to the same."""
+        """Update tokens [B, g + H * W, C] of maps of a size (H, W), global ones first."""
         if not torch.jit.is_scripting():
             if runs_in_chunks(self, x):
                 return forward_in_chunks(self, x, size)
@@ -287,7 +287,7 @@ class PyramidTransformer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise as released: linear weights truncated normal of std 0.02, biases 0, norms 1 and 0.
+        """Initialize as released: linear weights truncated normal of std 0.02, biases 0, norms 1 and 0.
 
         Args:
             needs_reset: Also call `reset_parameters()` of the other modules, needed after `to_empty()`.
@@ -306,17 +306,17 @@ class PyramidTransformer(nn.Module):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Initialise everything anew."""
+        """Initialize everything anew."""
         self.init_weights(needs_reset=True)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names of the parameters that weight decay should leave alone: global tokens and position biases."""
+        """Return the parameters that weight decay should leave alone, global tokens and position biases, by name."""
         return {name for name, _ in self.named_parameters() if 'global_tokens' in name or '.rel_pos.' in name}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Parameter groups from input to output, for layer-wise learning rate decay."""
+        """Return parameter groups from input to output, for layer-wise learning rate decay."""
         return dict(
             stem=r'^stages\.0\.(?:embed|global_tokens)',
             blocks=r'^stages\.(\d+)' if coarse else [
@@ -356,7 +356,7 @@ class PyramidTransformer(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier, an `nn.Linear`, or `nn.Identity` if there is none."""
+        """Return the classifier, an `nn.Linear`, or `nn.Identity` if there is none."""
         return self.head
 
     @torch.jit.ignore
@@ -500,13 +500,13 @@ class PyramidTransformer(nn.Module):
         return take_indices
 
     def forward_norm(self, x: torch.Tensor) -> torch.Tensor:
-        """The final norm, over the channels of a map [B, C, H, W] or of tokens [B, N, C]."""
+        """Apply the final norm, over the channels of a map [B, C, H, W] or of tokens [B, N, C]."""
         if self.num_global_tokens > 0:
             return self.norm(x)
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """From images [B, in_chans, H, W] to the last level after the final norm, unpooled.
+        """Return the last level after the final norm, unpooled, of images [B, in_chans, H, W].
 
         Returns:
             A map [B, C, ceil(H / stride), ceil(W / stride)]; tokens [B, g + N, C], global ones first, if the last
@@ -516,7 +516,7 @@ class PyramidTransformer(nn.Module):
         return self.forward_norm(self.stages(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """From the result of `forward_features` to logits, or to what the classifier sees with `pre_logits`."""
+        """Turn the result of `forward_features` into logits, or into what the classifier sees with `pre_logits`."""
         if self.num_global_tokens > 0:
             if self.global_pool == 'token':
                 x = x[:, :self.num_global_tokens].mean(dim=1)
@@ -532,7 +532,7 @@ class PyramidTransformer(nn.Module):
         return self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """From images [B, in_chans, H, W] to logits [B, num_classes]."""
+        """Return the logits of images [B, in_chans, H, W], [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -564,7 +564,7 @@ def check_stages(num_stages: int, **per_stage: Tuple[Any, ...]) -> None:
 
 
 def feature_config(embed_dims: Tuple[int, ...], num_global_tokens: Tuple[int, ...] = (0,), **_: Any) -> Dict[str, Any]:
-    """How timm is to extract features from a model of these arguments, `feature_cfg` of its builder."""
+    """Return how timm is to extract features from a model of these arguments, `feature_cfg` of its builder."""
     levels = tuple(range(len(embed_dims)))
     if num_global_tokens[-1] > 0:  # the last stage gives a sequence of tokens, not a map
         return dict(out_indices=levels, feature_cls='getter')

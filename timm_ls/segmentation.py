@@ -42,7 +42,7 @@ class Segmenter(OnTimmBackbone):
         return encoder.model
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """From normalised images [B, C, H, W] to `OrderedDict(out=logits)`, [B, num_classes, H, W]."""
+        """From normalized images [B, C, H, W] to `OrderedDict(out=logits)`, [B, num_classes, H, W]."""
         height, width = x.shape[2], x.shape[3]
         logits = self.model(pad_to_multiple(x, self.output_stride))
         out: Dict[str, torch.Tensor] = OrderedDict()
@@ -61,7 +61,7 @@ def upernet(
 ) -> Segmenter:
     """UPerNet (https://arxiv.org/abs/1807.10221) of segmentation_models_pytorch on a timm backbone.
 
-    Swin's and ViL's authors measure segmentation with it. Its decoder normalises each level over its channels, as
+    Swin's and ViL's authors measure segmentation with it. Its decoder normalizes each level over its channels, as
     `FeaturePyramid` does. In training it needs more than one image per batch, for BatchNorm after global pooling, or
     `decoder_use_norm='layernorm'`.
 

@@ -35,7 +35,7 @@ torch.fx.wrap('pad_to_multiple')  # branches on sizes that torch.fx does not kno
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, normalised: [B, C_in, H, W] to [B, ceil(H / p), ceil(W / p), C].
+    """Non-overlapping patches, normalized: [B, C_in, H, W] to [B, ceil(H / p), ceil(W / p), C].
 
     Sides that the patch size does not divide are padded with zeros at the right and the bottom.
     """

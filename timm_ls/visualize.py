@@ -127,7 +127,7 @@ def landmark_maps(model: nn.Module, image: torch.Tensor) -> Dict[str, torch.Tens
 
     Args:
         model: A model of this package, or one that holds its attention layers.
-        image: Normalised as for the model, [C, H, W].
+        image: Normalized as for the model, [C, H, W].
 
     Returns:
         For every long-short layer by name, [heads, rank, rows, columns]; each map adds up to one.
@@ -145,7 +145,7 @@ def query_attention(model: nn.Module, image: torch.Tensor, layer: str, position:
 
     Args:
         model: A model of this package, or one that holds its attention layers.
-        image: Normalised as for the model, [C, H, W].
+        image: Normalized as for the model, [C, H, W].
         layer: Name of a long-short layer, such as 'stages.1.blocks.0.attn'.
         position: Row and column of the token in that layer's map.
 
@@ -209,7 +209,7 @@ def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
 
     Args:
         model: A model of this package.
-        image: Normalised as for the model, [C, H, W].
+        image: Normalized as for the model, [C, H, W].
 
     Returns:
         Relevance of the tokens of the first stage, [rows, columns], adding up to one.

@@ -58,10 +58,17 @@ def accuracy(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
     return 100 * right / len(labels)
 
 
-def train(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, epochs: int, lr: float, seed: int) -> None:
-    """AdamW, one cosine cycle after a warm-up, label smoothing."""
+def train(
+        model: nn.Module,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        epochs: int,
+        plain_epochs: int,
+        seed: int,
+) -> None:
+    """AdamW, one cosine cycle after a warm-up, label smoothing; the last epochs see the images as they are."""
     generator = torch.Generator().manual_seed(seed)
-    batch_size = 32
+    batch_size, lr = 32, 1e-3
     decay, no_decay = [], []
     for name, parameter in model.named_parameters():
         (no_decay if parameter.ndim < 2 or name in model.no_weight_decay() else decay).append(parameter)
@@ -74,7 +81,8 @@ def train(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, epochs: int, 
         start, total = time.time(), 0.
         order = torch.randperm(len(x), generator=generator)
         for indices in order[:len(x) // batch_size * batch_size].split(batch_size):
-            loss = F.cross_entropy(model(augment(x[indices], generator)), labels[indices], label_smoothing=.1)
+            images = x[indices] if epoch >= epochs - plain_epochs else augment(x[indices], generator)
+            loss = F.cross_entropy(model(images), labels[indices], label_smoothing=.1)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -91,7 +99,7 @@ def main() -> None:
     parser.add_argument('--model', default='test_vil_ls', help='a test_ model of timm_ls')
     parser.add_argument('--evaluate', action='store_true', help='evaluate the shipped weights, train nothing')
     parser.add_argument('--epochs', type=int, default=12)
-    parser.add_argument('--lr', type=float, default=1e-3, help='largest learning rate')
+    parser.add_argument('--plain-epochs', type=int, default=0, help='the last ones, without augmentation')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--output', type=Path, help='safetensors file to write (default: the one that ships)')
     args = parser.parse_args()
@@ -104,7 +112,7 @@ def main() -> None:
     train_images, test_images, train_labels, test_labels = digits()
     if not args.evaluate:
         x = torch.stack([transform(image) for image in to_pil(train_images)])
-        train(model, x, torch.from_numpy(train_labels), args.epochs, args.lr, args.seed)
+        train(model, x, torch.from_numpy(train_labels), args.epochs, args.plain_epochs, args.seed)
     x = torch.stack([transform(image) for image in to_pil(test_images)])
     result = {
         'model': args.model,

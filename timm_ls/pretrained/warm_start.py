@@ -37,7 +37,7 @@ class WarmStart:
         source: The source model's family, 'CvT', 'ViL' or 'ViL-LS'.
         taken: Our parameters and buffers that now hold the source's values, possibly joined from several.
         adapted: Those that hold them changed, each with what was done.
-        fresh: Those that were left as they were initialised.
+        fresh: Those that were left as they were initialized.
         unused: Tensors of the source that went nowhere, by its own names.
         num_taken: Values in `taken` and `adapted` together.
         num_fresh: Values in `fresh`.
@@ -77,7 +77,7 @@ def warm_start(
         model: Union[CvtLs, VilLs],
         checkpoint: Union[str, Path, Dict[str, Any]],
 ) -> WarmStart:
-    """Initialise a model from weights of one that is close to it, and say what was taken.
+    """Initialize a model from weights of one that is close to it, and say what was taken.
 
     - `cvt_ls_13` and `cvt_ls_21` from CvT-13 and CvT-21: Microsoft's `.pth` files or Hugging Face's `microsoft/cvt-13`
       and `microsoft/cvt-21`. CvT was trained with `act_layer='quick_gelu'`: build the model with it to keep that too.
@@ -89,7 +89,7 @@ def warm_start(
       `vil_ls_medium_hires` from the released `vil_ls_medium`. Where a stage had full attention and has windows now,
       offsets in common keep their value.
 
-    The landmarks, DualLN and biases that the source lacks stay as initialised: fine-tuning is needed.
+    The landmarks, DualLN and biases that the source lacks stay as initialized: fine-tuning is needed.
 
     Args:
         model: The model to change.
