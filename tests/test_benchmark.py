@@ -33,7 +33,8 @@ from timm_ls.benchmark import (
 PEER = 'test_resnet'
 CELL_FIELDS = {
     'model', 'kind', 'mode', 'batch_size', 'dtype', 'execution', 'height', 'width', 'linear', 'seconds', 'median_s',
-    'iqr_s', 'images_per_s', 'speed', 'peak_bytes', 'memory', 'macs', 'matmul_fraction', 'max_difference', 'error'}
+    'iqr_s', 'images_per_s', 'speed', 'peak_bytes', 'memory', 'macs', 'matmul_fraction', 'launches',
+    'max_difference', 'error'}
 
 
 def setting(**changes):
@@ -134,14 +135,30 @@ def test_linear_layers(linear, monkeypatch):
 
 
 def test_turns(monkeypatch):
-    """After a first call each, forwards and backwards in turn: neither is always timed first."""
+    """After two calls each, one to count launches in, forwards and backwards in turn: neither is always timed first."""
     order = []
     monkeypatch.setattr(benchmark, 'build', lambda label, where: label)
     monkeypatch.setattr(benchmark, 'make_step', lambda model, where: lambda: order.append(model))
     cells = {label: dict(seconds=[], error=None) for label in 'ab'}
     time_in_turns(cells, setting(), 2, benchmark.tqdm(disable=True))
-    assert ''.join(order) == 'ab' + 'ab' + 'ba'
+    assert ''.join(order) == 'aabb' + 'ab' + 'ba'
     assert [len(cell['seconds']) for cell in cells.values()] == [2, 2]
+
+
+def test_engines(capsys, tmp_path):
+    """Files of both engines run, and give the model's logits; what they cannot do is said."""
+    for name, package in (('openvino', 'openvino'), ('onnxruntime', 'onnxscript')):
+        pytest.importorskip(package, reason=f'{package} is not installed')
+        where = setting(execution=name)
+        torch.manual_seed(0)
+        model = benchmark.build('test_cvt_ls', where).eval()
+        out = benchmark.make_step(model, where)()
+        with torch.no_grad():
+            x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+            torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)
+    main(['test_cvt_ls', '--img-size', '64', '--execution', 'openvino', '--mode', 'train', '--no-memory', '--repeats',
+          '1', '--json', str(tmp_path / 'report.json')])
+    assert 'not supported: engines run forward passes on a CPU' in capsys.readouterr().out
 
 
 def test_compared(tmp_path, capsys):
@@ -166,6 +183,7 @@ def test_compared(tmp_path, capsys):
         assert cell['error'] is None and len(cell['seconds']) == 2
         assert cell['images_per_s'] == pytest.approx(1 / cell['median_s'])
         assert cell['macs'] > 0 and cell['matmul_fraction'] > 0
+        assert cell['launches'] > 20
         assert cell['speed'] == 1. or cell['model'] == PEER
     assert (tmp_path / 'plot.png').stat().st_size > 10000
 

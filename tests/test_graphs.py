@@ -1,10 +1,13 @@
 """Captured graphs: TorchScript, FX, compile, export and ONNX give the values of eager mode at many image sizes."""
+from functools import partial
+
 import pytest
 import timm
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import timm_ls
 
@@ -27,6 +30,16 @@ SHORT_MODELS = [
     pytest.param('vil_ls_tiny', dict(SHORT, attn_types=('ls', 'full')), id='ls-full'),
     pytest.param('cvt_ls_13', SHORT_CVT, id='cvt'),
 ]
+# two long-short blocks in a stage, with global tokens that reach the logits: no layer is left out of a graph
+ALIVE = [
+    pytest.param('vil_ls_tiny', dict(
+        SHORT, depths=(2, 2), attn_types=('ls', 'ls'), num_global_tokens=(1, 2), global_pool='token'), id='alive'),
+    pytest.param('cvt_ls_13', dict(
+        SHORT_CVT, depths=(2, 2), num_global_tokens=(1, 2), global_pool='token'), id='alive-cvt'),
+]
+ONE_STAGE = dict(
+    depths=(1,), embed_dims=(32,), num_heads=(2,), attn_types=('ls',), num_global_tokens=(2,), global_pool='token',
+    num_classes=7)
 every_short_model = pytest.mark.parametrize('name, kwargs', SHORT_MODELS)
 
 
@@ -73,10 +86,47 @@ def test_script_released_configuration():
     assert_same(torch.jit.script(model), model, [(100, 130), (37, 200)], batch=1)
 
 
-@pytest.mark.parametrize('name, kwargs', MODELS)
+@pytest.mark.parametrize('name, kwargs', MODELS + ALIVE)
 def test_jit_trace(name, kwargs):
+    """A trace is right at other sizes and batches than the one it was made from."""
     model = create(name, **kwargs)
-    assert_same(torch.jit.trace(model, images(100, 130)), model, [(100, 130)])
+    trace = torch.jit.trace(model, images(100, 130), check_trace=False)
+    assert_same(trace, model)
+    assert_same(trace, model, SIZES[:2], batch=1)
+    assert_same(trace, model, SIZES[:2], batch=3)
+
+
+@pytest.mark.parametrize('mode', ['real', 'fake'])
+@pytest.mark.parametrize('name, kwargs', ALIVE)
+def test_make_fx(name, kwargs, mode):
+    model = create(name, **kwargs)
+    assert_same(made_by_fx(model, images(100, 130), mode), model, [(100, 130)])
+    assert_same(model, create(name, **kwargs), SIZES[:2])  # what was traced is as it was
+
+
+@pytest.mark.parametrize('name, kwargs', [
+    pytest.param('vil_ls_tiny', dict(ONE_STAGE, patch_sizes=(8,)), id='vil'),
+    pytest.param(
+        'cvt_ls_13', dict(ONE_STAGE, patch_sizes=(7,), patch_strides=(8,), patch_paddings=(0,)), id='cvt',
+        marks=pytest.mark.slow),
+])
+def test_make_fx_symbolic(name, kwargs):
+    """One graph for all sizes and batches; traced with a batch that no other size equals, which torch would join."""
+    model = create(name, **kwargs)
+    graph = made_by_fx(model, images(100, 130, batch=5), 'symbolic')
+    assert_same(graph, model)
+    assert_same(graph, model, SIZES[:2], batch=1)
+
+
+def made_by_fx(model, x, mode):
+    """The graph of a model as a function of images."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def call(tensors, x):
+        return torch.func.functional_call(model, tensors, (x,))
+
+    with torch.no_grad():
+        return partial(make_fx(call, tracing_mode=mode)(tensors, x), tensors)
 
 
 @pytest.mark.parametrize('name, kwargs', MODELS)
@@ -198,19 +248,45 @@ def test_limit_of_dim_is_that_of_torch(strict):
     assert_same(program, model, [(32, 32), (64, 96)])
 
 
-@every_short_model
-def test_onnx(name, kwargs, tmp_path):
+@pytest.mark.parametrize('name, kwargs', SHORT_MODELS + ALIVE)
+@pytest.mark.parametrize('dynamo', [True, False])
+def test_onnx(name, kwargs, dynamo, tmp_path):
+    """Both exporters: right at other batches and rectangles than the one captured."""
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')
+    model, path = create(name, **kwargs), tmp_path / 'model.onnx'
+    if dynamo:
+        program = torch.onnx.export(model, (images(96, 160),), dynamo=True, dynamic_shapes=dims(33), verbose=False)
+        program.save(path)
+    else:
+        axes = {'image': {0: 'batch', 2: 'height', 3: 'width'}, 'logits': {0: 'batch'}}
+        torch.onnx.export(
+            model, (images(96, 160, 1),), path, dynamo=False, input_names=['image'], output_names=['logits'],
+            dynamic_axes=axes, opset_version=17)
+    assert_same(onnx_runtime(path), model, [(64, 96), (100, 130), (37, 300)])
+    assert_same(onnx_runtime(path), model, [(64, 96), (100, 130)], batch=1)
+    assert_same(onnx_runtime(path), model, [(37, 300)], batch=3)
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_timm_onnx_export(name, batch, tmp_path):
+    """timm's exporter makes the batch dynamic, from one image or from two."""
+    pytest.importorskip('onnx', reason='onnx is not installed')
+    from timm.utils.onnx import onnx_export
+
+    model, path = timm.create_model(name, pretrained=True, exportable=True), tmp_path / 'model.onnx'
+    onnx_export(model, str(path), batch_size=batch, input_size=(3, 96, 96), dynamic_size=True)
+    model.eval()
+    for other in (1, 2, 4):
+        assert_same(onnx_runtime(path), model, [(96, 96), (64, 160)], batch=other)
+
+
+def onnx_runtime(path):
+    """A function from images to logits that runs a file."""
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
-    model = create(name, **kwargs)
-    program = torch.onnx.export(model, (images(96, 160),), dynamo=True, dynamic_shapes=dims(33), verbose=False)
-    program.save(tmp_path / 'model.onnx')
-    session = runtime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    for size, batch in (((64, 96), 1), ((100, 130), 2), ((37, 300), 3)):
-        x = images(*size, batch=batch)
-        out = torch.from_numpy(session.run(None, {name: x.numpy()})[0])
-        torch.testing.assert_close(out, model(x).detach(), atol=1e-4, rtol=0)
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
 @pytest.mark.parametrize('name', ['vil_ls_tiny', 'vil_ls_tiny_hires'])

@@ -1,10 +1,10 @@
-"""Command line: look at the pyramid of a photo, list the models, run any timm script with the models registered.
+"""Command line: look at the pyramid of a photo, list the models, export, measure, run any timm script.
 
     python -m timm_ls [IMAGE ...] [--model NAME] [--img-size H W] [--device D] [--checkpoint FILE] [--out PICTURE]
-    python -m timm_ls models
-    python -m timm_ls run SCRIPT.py [ARGS ...]
+    python -m timm_ls COMMAND [ARGS ...]
 """
 import argparse
+import importlib
 import os
 import runpy
 import sys
@@ -22,16 +22,23 @@ from .pretrained.checkpoint import load_checkpoint
 
 __all__ = ['main']
 
+COMMANDS = {
+    'export': 'write a model to a file for ONNX Runtime, OpenVINO or torch.export, checked in its engine',
+    'benchmark': 'measure speed and memory of models, side by side',
+    'precision': 'compare reduced precision with float64',
+}
 PICTURE_TYPES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line; `argv` defaults to that of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ['run']:
-        run_script(argv[1:])
-    elif argv == ['models']:
+    if argv == ['models']:
         list_models()
+    elif argv[:1] == ['run']:
+        run_script(argv[1:])
+    elif argv and argv[0] in COMMANDS:
+        importlib.import_module(f'timm_ls.{argv[0]}').main(argv[1:])
     else:
         show_pyramid(argv)
 
@@ -70,8 +77,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls',
         description='Run a model on photos: top-5 classes, the feature pyramid as a table and as a picture.',
-        epilog='Also: "models" lists the models, "run SCRIPT.py [ARGS ...]" runs a script with them registered;'
-               ' python -m timm_ls.benchmark and python -m timm_ls.precision measure.')
+        epilog='\n'.join(['commands, each with a --help of its own (python -m timm_ls COMMAND --help):', *(
+            f'  {name:10} {what}' for name, what in {
+                'models': 'list the models', 'run': 'run a script with the models registered: run SCRIPT.py [ARGS ...]',
+                **COMMANDS}.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='*', metavar='IMAGE', help='photos (default: a sample photo)')
     parser.add_argument('--model', default='vil_ls_medium', help='model name (default: %(default)s)')
     parser.add_argument('--img-size', nargs='+', type=int, metavar='PIXELS',

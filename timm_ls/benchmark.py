@@ -1,7 +1,8 @@
 """Command line: speed and memory of our models, of timm's and of the released code, side by side.
 
     python -m timm_ls.benchmark [MODEL ...] [--reference DIR] [--img-size 224 448 800x1333] [--batch-size 1 8]
-        [--mode forward train] [--dtype float32 bfloat16] [--execution eager compiled channels_last]
+        [--mode forward train] [--dtype float32 bfloat16]
+        [--execution eager compiled channels_last openvino onnxruntime]
         [--linear default onednn] [--device cuda] [--allocator tuned] [--baseline MODEL] [--json FILE] [--plot FILE]
 
 Models that share a setting are timed in turns, in one process; peak memory is measured in a process of its own for
@@ -18,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,14 +32,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .cli import available_device, import_matplotlib, output_file, synchronize
-from .complexity import count_macs
+from .complexity import count_launches, count_macs
+from .export import Outputs, export_file, load_file
 from .linear import linear_implementation
 
 __all__ = ['main']
 
 MODES = ('forward', 'train')
 DTYPES = ('float32', 'bfloat16', 'float16')
-EXECUTIONS = ('eager', 'compiled', 'channels_last')
+ENGINES = {'openvino': 'openvino', 'onnxruntime': 'onnx'}  # and their file formats
+EXECUTIONS = ('eager', 'compiled', 'channels_last', *ENGINES)
 LINEAR = ('default', 'onednn')
 RELEASED = 'released:'  # label of the authors' code, in front of the name of our model
 # glibc never hands a block back to the system, and so never maps and clears its pages again
@@ -110,7 +114,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'],
                         help='float32, or autocast to another (default: float32)')
     parser.add_argument('--execution', nargs='+', choices=EXECUTIONS, default=['eager'],
-                        help='how models run; several are compared (default: eager)')
+                        help='how models run, in torch or in an engine; several are compared (default: eager)')
     parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['default'],
                         help="linear layers of all models in float32 on a CPU: torch's (default) or oneDNN's (onednn)")
     parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
@@ -225,6 +229,8 @@ def released_architecture(model: nn.Module) -> str:
 def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     """A function that runs the model once in the given setting and returns the logits."""
     device = torch.device(setting.device)
+    if setting.execution in ENGINES:
+        return make_engine_step(model, setting)
     memory_format = torch.channels_last if setting.execution == 'channels_last' else torch.contiguous_format
     model = model.to(device, memory_format=memory_format).train(setting.mode == 'train')
     run = torch.compile(model, dynamic=False) if setting.execution == 'compiled' else model
@@ -248,6 +254,24 @@ def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     return step
 
 
+def make_engine_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
+    """`make_step` in an engine, from a file of the setting's size."""
+    fmt = ENGINES[setting.execution]
+    if setting.mode == 'train' or setting.device != 'cpu' or setting.linear != 'default':
+        raise ValueError('engines run forward passes on a CPU')
+    if setting.dtype != 'float32' and (fmt, setting.dtype) != ('openvino', 'bfloat16'):
+        raise ValueError(f'{setting.dtype} in {setting.execution}')
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(setting.batch_size, 3, setting.height, setting.width, generator=generator)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, 'model.xml' if fmt == 'openvino' else 'model.onnx')
+        size = setting.height, setting.width
+        export_file(Outputs(model.eval(), features=False), path, fmt, size, batch=setting.batch_size)
+        run = load_file(path, fmt, 'f32' if setting.dtype == 'float32' else 'bf16')
+        run(x)  # the file may be mapped until then
+    return lambda: run(x)[0]
+
+
 # Measurements
 
 def compare(
@@ -261,7 +285,8 @@ def compare(
     shared = {name: value for name, value in asdict(setting).items() if name not in ('device', 'reference')}
     cells = {label: dict(
         model=label, kind=setting.kind(), **shared, seconds=[], median_s=None, iqr_s=None, images_per_s=None,
-        speed=None, peak_bytes=None, memory=None, macs=None, matmul_fraction=None, max_difference=None, error=None,
+        speed=None, peak_bytes=None, memory=None, macs=None, matmul_fraction=None, launches=None, max_difference=None,
+        error=None,
     ) for label in labels}
     for cell in cells.values():
         progress.set_description(f'{cell["model"]} {setting.height}x{setting.width}', refresh=True)
@@ -321,6 +346,8 @@ def time_in_turns(cells: Dict[str, Dict[str, Any]], setting: Setting, repeats: i
             cells[label]['macs'] = macs(models[label], setting)
         steps[label] = attempt(label, lambda label=label: make_step(models[label], setting))
         logits[label] = attempt(label, lambda label=label: steps[label]())  # allocates, compiles
+        if setting.execution == 'eager' and cells[label]['error'] is None:
+            cells[label]['launches'] = attempt(label, lambda label=label: count_launches(steps[label]))
         progress.update()
     for turn in range(repeats):
         for label in list(steps)[::-1 if turn % 2 else 1]:
@@ -464,7 +491,7 @@ def print_report(report: Dict[str, Any]) -> None:
             kind = cell['kind']
             print(f'\n{kind}; times faster and share of memory against {report["baseline"]}')
             print(f'{"size":>9}  {"model":{width}}  {"ms":>8}  {"IQR":>7}  {"images/s":>8}  {"faster":>6}'
-                  f'  {"peak MiB":>8}  {"memory":>6}  of matmul')
+                  f'  {"peak MiB":>8}  {"memory":>6}  of matmul  {"launches":>8}')
         head = f'{cell["height"]}x{cell["width"]}'.rjust(9) + f'  {cell["model"]:{width}}'
         if cell['error']:
             print(f'{head}  {cell["error"]}')
@@ -472,7 +499,7 @@ def print_report(report: Dict[str, Any]) -> None:
         mebibytes = cell['peak_bytes'] and cell['peak_bytes'] / 2 ** 20
         print(f'{head}  {cell["median_s"] * 1e3:8.1f}  {cell["iqr_s"] * 1e3:7.1f}  {cell["images_per_s"]:8.2f}'
               f'  {number(cell["speed"], ".2f"):>6}  {number(mebibytes, ".0f"):>8}  {number(cell["memory"], ".2f"):>6}'
-              f'  {number(cell["matmul_fraction"], ".0%"):>9}')
+              f'  {number(cell["matmul_fraction"], ".0%"):>9}  {number(cell["launches"], "d"):>8}')
     differences = [cell['max_difference'] for cell in report['cells'] if cell['max_difference'] is not None]
     if differences:
         print(f'\nLogits differ from those of the released code by at most {max(differences):.1e} of the largest.')
@@ -495,6 +522,8 @@ def plot(report: Dict[str, Any], path: str) -> None:
     panels = [('seconds per image', lambda cell: 1 / cell['images_per_s'])]
     if any(cell['peak_bytes'] for cell in report['cells']):
         panels.append(('peak memory above rest, MiB', lambda cell: (cell['peak_bytes'] or math.nan) / 2 ** 20))
+    if any(cell['launches'] for cell in report['cells']):
+        panels.append(('operators that reach the device', lambda cell: cell['launches'] or math.nan))
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout='constrained')
     for axis, (title, value) in zip(axes[0], panels, strict=True):
         for label, cells in lines.items():

@@ -70,7 +70,7 @@ class ConvEmbed(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         if not 0 < kernel_size - 2 * padding <= stride:
             raise ValueError(
                 f'Patch size {kernel_size}, stride {stride}, padding {padding}: expected'
@@ -108,11 +108,11 @@ class DepthwiseConvNorm(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         self.dim = dim
         self.parts = parts
         self.conv = nn.Conv2d(dim, parts * dim, 3, stride=stride, padding=1, groups=dim, bias=False, **dd)
-        self.norm = nn.BatchNorm2d(parts * dim, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(parts * dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """From a map [B, H, W, C] to tokens [B, ceil(H / s) * ceil(W / s), C, parts]."""
@@ -162,7 +162,7 @@ class ConvQkv(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         self.query_scale = query_scale
         if kv_stride == 1:
             self.depthwise = DepthwiseConvNorm(dim, 3, **dd)

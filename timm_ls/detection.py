@@ -194,7 +194,7 @@ def with_normalisation(
     Raises:
         ValueError: The backbone takes images of other channels, and they are not given.
     """
-    cfg = backbone.body.pretrained_cfg
+    cfg: Any = backbone.body.pretrained_cfg
     in_chans = (backbone_kwargs or {}).get('in_chans', cfg['input_size'][0])
     result = dict(kwargs)
     for name, value in (('image_mean', cfg['mean']), ('image_std', cfg['std'])):

@@ -4,12 +4,13 @@ Levels and FPN: `Feature Pyramid Networks for Object Detection` - https://arxiv.
 P6 and P7: `Focal Loss for Dense Object Detection` - https://arxiv.org/abs/1708.02002
 """
 from collections import OrderedDict
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union, cast
 
 import timm
 import torch
 import torch.nn as nn
 from timm.layers import Format, LayerNorm2d
+from timm.models import FeatureInfo
 from torchvision.ops.feature_pyramid_network import (
     ExtraFPNBlock,
     FeaturePyramidNetwork,
@@ -25,6 +26,10 @@ class OnTimmBackbone(nn.Module):
 
     A subclass holds the backbone, made with `features_only=True`, as `body`, and sets `trainable_layers` with it.
     """
+
+    if TYPE_CHECKING:  # a script reads no such annotation
+        body: nn.Module
+        trainable_layers: int
 
     @torch.jit.ignore
     def set_trainable_layers(self, trainable_layers: int) -> None:
@@ -58,7 +63,8 @@ class OnTimmBackbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the backbone's activations in the backward pass: block by block in ours, as timm does in others."""
         inner = [m for m in self.body.modules() if m is not self.body and hasattr(m, 'grad_checkpointing')]
-        for module in inner or [self.body]:
+        modules: List[Any] = inner or [self.body]
+        for module in modules:
             module.grad_checkpointing = enable
 
 
@@ -104,7 +110,7 @@ class FeaturePyramid(OnTimmBackbone):
         output_fmt = Format(getattr(body, 'output_fmt', Format.NCHW))
         if output_fmt != Format.NCHW:
             raise ValueError(f'The backbone returns {output_fmt.value} maps: a pyramid needs NCHW ones.')
-        strides, channels = body.feature_info.reduction(), body.feature_info.channels()
+        strides, channels = feature_info(body).reduction(), feature_info(body).channels()
         if any(stride >= coarser for stride, coarser in zip(strides, strides[1:])):
             raise ValueError(
                 f'The backbone returns levels of strides {strides}: a pyramid needs growing ones. Choose others by'
@@ -120,7 +126,7 @@ class FeaturePyramid(OnTimmBackbone):
             extra_blocks = LastLevelMaxPool()
         elif extra_blocks == 'p6p7':
             extra_blocks = LastLevelP6P7(out_channels, out_channels)
-        elif not (extra_blocks is None or isinstance(extra_blocks, ExtraFPNBlock)):
+        if not (extra_blocks is None or isinstance(extra_blocks, ExtraFPNBlock)):
             raise ValueError(
                 f"Unknown extra_blocks={extra_blocks!r}: expected 'auto', 'pool', 'p6p7', an ExtraFPNBlock or None.")
 
@@ -151,9 +157,14 @@ class FeaturePyramid(OnTimmBackbone):
         return self.fpn(maps)
 
 
+def feature_info(body: nn.Module) -> FeatureInfo:
+    """Return what timm knows of a backbone's levels."""
+    return cast(FeatureInfo, body.feature_info)
+
+
 def count_layers(body: nn.Module) -> int:
-    """Levels of a backbone that are run, whether it returns them or not."""
-    info = body.feature_info
+    """Return the levels of a backbone that are run, whether it returns them or not."""
+    info = feature_info(body)
     return 1 + max(range(len(info.info))[i] for i in info.out_indices)
 
 
@@ -174,7 +185,7 @@ def frozen_part(body: nn.Module, trainable_layers: int) -> Tuple[List[nn.Paramet
     names = list(modules)  # a module, then what it holds
     if trainable_layers == 0:
         return list(body.parameters()), list(modules.values())
-    path = body.feature_info.info[num_frozen - 1]['module']
+    path = feature_info(body).info[num_frozen - 1]['module']
     level = next(name for name in (path, path.replace('.', '_'), f'model.{path}') if name in modules)
     end = 1 + max(i for i, name in enumerate(names) if name == level or name.startswith(f'{level}.'))
     parameters = [p for name in names[:end] for p in modules[name].parameters(recurse=False)]

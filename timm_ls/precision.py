@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -133,7 +133,7 @@ def measure(name: str, model: nn.Module, img_size: Tuple[int, int]) -> List[Row]
     return rows
 
 
-def run(model: nn.Module, image: torch.Tensor, fmt: str) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+def run(model: Any, image: torch.Tensor, fmt: str) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
     """Logits and all levels, and the gradients of image and parameters, of a model that this may change."""
     dtype = getattr(torch, 'float32' if fmt == 'tf32' else fmt.split()[0])
     autocast = fmt.endswith('autocast')

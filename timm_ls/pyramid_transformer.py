@@ -3,7 +3,7 @@ from contextvars import copy_context
 from functools import partial
 from itertools import accumulate
 from operator import index, mul
-from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, Final, List, Mapping, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.fx
@@ -93,7 +93,7 @@ class Block(nn.Module):
             proj_drop: float = 0.,
             drop_path: float = 0.,
             norm_layer: Callable[..., nn.Module] = LayerNorm,
-            act_layer: Callable[..., nn.Module] = nn.GELU,
+            act_layer: Type[nn.Module] = nn.GELU,
             device: torch.types.Device = None,
             dtype: Optional[torch.dtype] = None,
     ):
@@ -147,10 +147,9 @@ class Stage(nn.Module):
         self.return_global_tokens = return_global_tokens and num_global_tokens > 0
         self.grad_checkpointing = False
         self.embed = embed
+        self.global_tokens: Optional[nn.Parameter] = None
         if num_global_tokens > 0:
             self.global_tokens = nn.Parameter(torch.empty(1, num_global_tokens, dim, device=device, dtype=dtype))
-        else:
-            self.global_tokens = None
         self.pos_drop = nn.Dropout(pos_drop)
         self.blocks = nn.ModuleList(blocks)
         self.reset_parameters()
@@ -210,7 +209,7 @@ class PyramidTransformer(nn.Module):
             attn_layers: Dict[str, Sequence[Callable[..., nn.Module]]],
             strides: Tuple[int, ...],
             norm_layer: Callable[..., nn.Module],
-            act_layer: Callable[..., nn.Module],
+            act_layer: Type[nn.Module],
             embed_dims: Tuple[int, ...],
             depths: Tuple[int, ...],
             num_heads: Tuple[int, ...],
@@ -249,7 +248,7 @@ class PyramidTransformer(nn.Module):
             for i, (dim, reduction) in enumerate(zip(embed_dims, self.reductions))
         ]
 
-        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_path_rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(embed_dims):
             attn_args: Dict[str, Any] = dict(num_heads=num_heads[i], num_global_tokens=num_global_tokens[i])
@@ -282,7 +281,8 @@ class PyramidTransformer(nn.Module):
         self.norm = norm_layer(embed_dims[-1], **dd)
         self.set_global_pool(global_pool)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = (
+            nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity())
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -298,8 +298,9 @@ class PyramidTransformer(nn.Module):
                 trunc_normal_(module.weight, std=.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif needs_reset and module is not self and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()
+            elif needs_reset and module is not self:
+                reset_parameters: Any = getattr(module, 'reset_parameters', lambda: None)
+                reset_parameters()
 
         named_apply(init, self)
 
@@ -329,8 +330,9 @@ class PyramidTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                stage.grad_checkpointing = enable
 
     @torch.jit.ignore
     def set_input_size(self, img_size: ImageSize) -> None:
@@ -371,12 +373,13 @@ class PyramidTransformer(nn.Module):
         if global_pool is not None:
             self.set_global_pool(global_pool)
         self.num_classes = num_classes
-        head = nn.Identity()
+        self.head = nn.Identity()
         if num_classes > 0:
             head = nn.Linear(self.head_hidden_size, num_classes, **get_device_dtype(self))
             trunc_normal_(head.weight, std=.02)
             nn.init.zeros_(head.bias)
-        self.head = head.train(self.training)
+            self.head = head
+        self.head.train(self.training)
 
     @torch.jit.ignore
     def set_global_pool(self, global_pool: str) -> None:

@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from .fpn import OnTimmBackbone, count_layers, default_trainable_layers
+from .fpn import OnTimmBackbone, count_layers, default_trainable_layers, feature_info
 from .pyramid_transformer import pad_to_multiple
 
 __all__ = ['Segmenter', 'upernet']
@@ -29,15 +29,17 @@ class Segmenter(OnTimmBackbone):
     def __init__(self, model: nn.Module, trainable_layers: Optional[int] = None):
         super().__init__()
         self.model = model
-        self.output_stride = int(model.encoder.output_stride)
+        encoder: Any = model.encoder
+        self.output_stride = int(encoder.output_stride)
         self.trainable_layers = count_layers(self.body)
         if trainable_layers is not None:
             self.set_trainable_layers(trainable_layers)
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> nn.Module:  # type: ignore[override]  # it has its place within the other model
         """The timm backbone."""
-        return self.model.encoder.model
+        encoder: Any = self.model.encoder
+        return encoder.model
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """From normalised images [B, C, H, W] to `OrderedDict(out=logits)`, [B, num_classes, H, W]."""
@@ -84,7 +86,7 @@ def upernet(
         raise ValueError('aux_params: a segmenter has no classifier of whole images; put one on the backbone yourself.')
     backbone_kwargs = backbone_kwargs or {}
     with torch.device('meta'):
-        strides = timm.create_model(backbone_name, features_only=True, **backbone_kwargs).feature_info.reduction()
+        strides = feature_info(timm.create_model(backbone_name, features_only=True, **backbone_kwargs)).reduction()
     model = smp.UPerNet(
         f'tu-{backbone_name}',
         encoder_depth=strides[-1].bit_length() - 1,

@@ -50,7 +50,7 @@ class PatchEmbed(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size, **dd)
         self.norm = norm_layer(dim, **dd)

@@ -82,11 +82,12 @@ def _record(model: nn.Module, image: torch.Tensor) -> List[_Call]:
     for name, module in model.named_modules():
         if isinstance(module, (LongShortAttention, FullAttention)):
             def hook(layer: nn.Module, args: Tuple[Any, ...], name: str = name) -> None:
-                x, size = args[0], args[1] if len(args) > 1 else None
                 if isinstance(layer, MapInterface):
-                    global_tokens, size = [] if size is None else [size], x.shape[1:3]
-                    x = torch.cat([*global_tokens, x.flatten(1, 2)], dim=1)
-                calls.append(_Call(name, layer, x, tuple(size)))
+                    x, global_tokens = args[0], [tokens for tokens in args[1:] if tokens is not None]
+                    x, size = torch.cat([*global_tokens, x.flatten(1, 2)], dim=1), x.shape[1:3]
+                else:
+                    x, size = args
+                calls.append(_Call(name, layer, x, (size[0], size[1])))
             handles.append(module.register_forward_pre_hook(hook))
     if not handles:
         raise ValueError(f'{type(model).__name__} has no attention of timm_ls: expected one of its models.')
@@ -216,7 +217,8 @@ def attention_rollout(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: There is more than one image, or no such layer.
     """
-    strides = {name: module.embed.proj.stride[0] for name, module in model.named_modules() if isinstance(module, Stage)}
+    embeds: Dict[str, Any] = {name: module.embed for name, module in model.named_modules() if isinstance(module, Stage)}
+    strides = {name: embed.proj.stride[0] for name, embed in embeds.items()}
     reductions = dict(zip(strides, accumulate(strides.values(), mul)))
     with _looking_at(model):
         calls = _record(model, image)

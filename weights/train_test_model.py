@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 
 import timm_ls
 
-SHIPPED = Path(timm_ls.__file__).parent / 'shipped_weights'
+SHIPPED = Path(timm_ls.__file__).parent / 'pretrained' / 'shipped_weights'
 
 
 def digits() -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

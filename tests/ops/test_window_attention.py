@@ -210,7 +210,7 @@ def separate_gradients(implementation, case, tensors):
     tensors = [x.detach().requires_grad_() for x in tensors]
     with attention_implementation(implementation.name):
         out = window_attention(*tensors, case[0], case[4], case[8])
-    return [out.detach(), *torch.autograd.grad(out.square().sum() + out.sum(), tensors)]
+    return [out.detach(), *torch.autograd.grad(out.square().sum() + out.sum(), tensors, materialize_grads=True)]
 
 
 @every_implementation
@@ -242,19 +242,20 @@ def test_nothing_outside_the_map_matters(monkeypatch, implementation, poison, ca
 
 def plant_in_gathered(monkeypatch):
     """Put 1e4 in the place of keys and values that `masked` gathers where there is no key; returns how many."""
-    key_index, index_select, outside, planted = masked_module.key_index, torch.Tensor.index_select, {}, []
+    key_index, index_select, outside, planted = masked_module.key_index, torch.Tensor.index_select, [], []
 
     def remember(*args):
         index, valid = key_index(*args)
-        outside[id(index)] = index, ~valid
+        outside.append((index, ~valid))
         return index, valid
 
     def select(self, dim, index):
         values = index_select(self, dim, index)
-        if id(index) not in outside:
-            return values
-        planted.append(outside[id(index)][1].sum().item())
-        return torch.where(outside[id(index)][1][:, None], torch.full_like(values, 1e4), values)
+        for keys, missing in outside:
+            if torch.equal(index // 2, keys):  # keys and values lie in turns
+                planted.append(missing.sum().item())
+                return torch.where(missing[:, None], torch.full_like(values, 1e4), values)
+        return values
 
     monkeypatch.setattr(masked_module, 'key_index', remember)
     monkeypatch.setattr(torch.Tensor, 'index_select', select)
@@ -395,9 +396,9 @@ def test_rank_decides(dummy):
     again = dummy('high', lambda call: 'no', rank=60)
     assert taken(layer, x) == (['low'], {
         'triton': 'it has not run on a GPU yet: only where it is asked for', 'high': 'no',
-        'tiled': "comes after 'low'", 'masked': "comes after 'low'"})
+        'tiled': "comes after 'low'", 'grouped': 'it is for graphs', 'masked': "comes after 'low'"})
     assert (len(low), len(high), len(again)) == (1, 1, 0)
-    assert list(implementations()) == ['high', 'low', 'triton', 'tiled', 'masked']
+    assert list(implementations()) == ['high', 'low', 'triton', 'tiled', 'grouped', 'masked']
     dummy('high', rank=-1)
     assert list(implementations())[-1] == 'high'
 
@@ -417,7 +418,7 @@ def test_forcing():
             assert taken(layer, x)[0] == ['tiled']
         assert taken(layer, x)[0] == ['masked']
     assert taken(layer, x)[0] == ['tiled'] == elsewhere
-    with pytest.raises(ValueError, match="'flash': expected one of auto, triton, tiled, masked"):
+    with pytest.raises(ValueError, match="'flash': expected one of auto, triton, tiled, grouped, masked"):
         with attention_implementation('flash'):
             pass
 
@@ -466,30 +467,51 @@ def under_jvp(layer, x):
         layer(torch.autograd.forward_ad.make_dual(x, x))
 
 
-@pytest.mark.parametrize('function, reason', [
-    (in_training, 'attention dropout is active'),
-    (unfused, "timm's fused attention is off"),
-    (traced, 'a graph is captured'),
-    (exported, 'a graph is captured'),
-    (under_grad, 'torch.func or forward-mode derivatives'),
-    (under_jvp, 'torch.func or forward-mode derivatives'),
+def of_any_size(layer, x):
+    dims = torch.export.Dim('height', min=4), torch.export.Dim('width', min=4)
+    torch.export.export(FirstOutput(layer), (x,), dynamic_shapes=({1: dims[0], 2: dims[1]},))
+
+
+def of_any_batch(layer, x):
+    torch.export.export(
+        FirstOutput(layer), (x.expand(2, -1, -1, -1),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+
+
+@pytest.mark.parametrize('function, expected, reason', [
+    (in_training, 'masked', 'attention dropout is active'),
+    (unfused, 'masked', "timm's fused attention is off"),
+    (traced, 'masked', 'a graph is captured'),
+    (exported, 'grouped', 'a graph is captured'),
+    (of_any_batch, 'grouped', 'a graph is captured'),
+    (of_any_size, 'masked', 'a graph is captured'),
+    (under_grad, 'masked', 'torch.func or forward-mode derivatives'),
+    (under_jvp, 'masked', 'torch.func or forward-mode derivatives'),
 ])
-def test_where_tiles_are_not_taken(function, reason):
-    """The masked form is, and the reason is named; forced, it is an error."""
+def test_where_tiles_are_not_taken(function, expected, reason):
+    """What is taken instead, and the reason; forced, tiles are an error, and what is taken instead gives the same."""
     def layer():
         return LongShortAttention2d(8, 2, window_size=3, attn_drop=.5).eval()
 
     x = torch.randn(1, 5, 7, 8)
     names, why_not = taken(function, layer(), x)
-    assert set(names) == {'masked'} and reason in why_not['tiled']
+    assert set(names) == {expected} and reason in why_not['tiled']
     with attention_implementation('tiled'), pytest.raises(Exception, match=reason):
         function(layer(), x)
+
+
+def test_groups_outside_graphs():
+    """They run where they are asked for, but not where plain operations are needed."""
+    layer, x = LongShortAttention2d(8, 2, window_size=3), torch.randn(1, 5, 7, 8)
+    with attention_implementation('grouped'):
+        assert taken(layer, x)[0] == ['grouped']
+        with pytest.raises(RuntimeError, match='torch.func or forward-mode derivatives'):
+            under_jvp(layer, x)
 
 
 def test_other_devices():
     """The backward pass of tiles was written for some; elsewhere they are for inference."""
     call = dict(window_size=3, num_heads=1, head_dim=4, first_row=0, dropout_p=0., fused=True,
-                dtype=torch.float32, captured=False, compiled=False, plain=False)
+                dtype=torch.float32, captured=False, compiled=False, fixed_size=False, plain=False)
     for device, needs_grad, expected in (
             ('cpu', True, 'tiled'), ('cuda', True, 'tiled'), ('mps', False, 'tiled'), ('mps', True, 'masked')):
         chosen = registry.choose(registry.WindowCall(device=torch.device(device), needs_grad=needs_grad, **call))

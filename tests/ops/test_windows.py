@@ -58,7 +58,8 @@ def test_tiles():
 def test_plans():
     """What a tile gathers is what its queries see, biases included; what each head sums is where it was gathered from.
 
-    Written out in numbers: of every token of the map its own, of every entry of the bias its own.
+    One group for each part of the halo, or for each shape. Written out in numbers: of every token of the map its own,
+    of every entry of the bias its own.
     """
     for seed in range(60):
         batch, height, width, window, first, rows, _, cut = random_tiles(seed)
@@ -66,14 +67,16 @@ def test_plans():
         side = window + 2 * halo
         numbers = torch.arange(batch * height * width).view(batch, height, width)
         for tile in random.Random(seed).sample(cut, min(3, len(cut))):
-            plan = on_device(tile_plan, CPU, *tile.geometry, window, E)
+            join_shapes = seed % 4 == 0
+            plan = on_device(tile_plan, CPU, *tile.geometry, window, E, join_shapes)
             images = range(batch)[tile.images]
             additional = -1 - torch.arange(batch * E).view(batch, E)[tile.images]
             tokens = torch.cat([numbers[tile.keys].flatten(), additional.flatten()])
             queries, keys = numbers[tile.queries].flatten()[plan.queries], tokens[plan.keys]
             assert torch.equal(numbers[tile.queries].flatten(), queries[plan.outputs])
             query = key = entry = 0
-            for n, L, S in plan.groups:
+            for n, L, S, num_biases in plan.groups:
+                assert num_biases == 1 or join_shapes
                 for w in range(n):
                     its_queries = queries[query + w * L:query + (w + 1) * L].tolist()
                     its_keys = keys[key + w * S:key + (w + 1) * S].tolist()
@@ -86,19 +89,21 @@ def test_plans():
                         top, left = y // window * window - halo, x // window * window - halo
                         row = (y % window * window + x % window) * side
                         bias = [(row + a - top) * side + b - left for a, b in seen]
-                        assert plan.bias[entry + i * S:entry + (i + 1) * S].tolist() == (
+                        start = entry + (w * L if num_biases > 1 else 0) * S + i * S
+                        assert plan.bias[start:start + S].tolist() == (
                             [window ** 2 * side ** 2] * E + bias)
-                query, key, entry = query + n * L, key + n * S, entry + L * S
+                query, key, entry = query + n * L, key + n * S, entry + num_biases * L * S
             assert (query, key, entry) == (len(plan.queries), len(plan.keys), len(plan.bias))
-            check_head_plan(tile, plan, len(tokens), window, E, heads)
+            assert not join_shapes or len({group[1:3] for group in plan.groups}) == len(plan.groups)
+            check_head_plan(tile, plan, len(tokens), window, E, heads, join_shapes)
 
 
-def check_head_plan(tile, plan, num_tokens, window, E, heads):
+def check_head_plan(tile, plan, num_tokens, window, E, heads, join_shapes):
     """Rows of single heads in the order of the tile's plan; bags hold each of them once, with its token's others."""
-    rows = on_device(head_plan, CPU, *tile.geometry, window, E, heads)
+    rows = on_device(head_plan, CPU, *tile.geometry, window, E, heads, join_shapes)
     query = key = 0
     halves = rows.keys.view(2, -1)
-    for n, L, S in plan.groups:
+    for n, L, S, _ in plan.groups:
         for w, h in itertools.product(range(n), range(heads)):
             at = w * heads + h
             its = rows.queries[query * heads + at * L:query * heads + (at + 1) * L]

@@ -52,7 +52,9 @@ def explain_attention(model: nn.Module, x: torch.Tensor) -> AttentionChoices:
         model: A model with long-short layers.
         x: What it would be called with.
     """
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, LongShortAttention)}
+    layers: Dict[nn.Module, str] = {
+        module: name for name, module in model.named_modules() if isinstance(module, LongShortAttention)
+    }
     # in row chunks, a layer is not called itself, but its block is
     names = {parent: layers[child] for parent in model.modules() for child in parent.children() if child in layers}
     names.update(layers)
@@ -65,7 +67,7 @@ def explain_attention(model: nn.Module, x: torch.Tensor) -> AttentionChoices:
     with fake_mode() as mode, recorded_choices() as choices:
         handle = register_module_forward_pre_hook(remember)
         try:
-            tensors = {  # buffers too: what a forward pass counts must not count this one
+            tensors: Dict[str, torch.Tensor] = {  # buffers too: what a forward pass counts must not count this one
                 name: mode.from_tensor(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
             torch.func.functional_call(model, tensors, (mode.from_tensor(x),))
         finally:

@@ -73,10 +73,9 @@ class FullAttention(nn.Module):
         self.bias_bytes = 64 * 2 ** 20  # of the bias to hold at a time
 
         self.make_projections(qkv_bias, dd)
+        self.rel_pos: Optional[RelPosBias2d] = None
         if rel_pos_bias:
             self.rel_pos = RelPosBias2d(num_heads, _num_offsets(grid_size), num_global_tokens, **dd)
-        else:
-            self.rel_pos = None
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -251,7 +250,7 @@ def _num_offsets(grid_size: Tuple[int, int]) -> Tuple[int, int]:
     return 2 * grid_size[0] - 1, 2 * grid_size[1] - 1
 
 
-class FullAttention2d(MapInterface, FullAttention):
+class FullAttention2d(MapInterface, FullAttention):  # type: ignore[misc]  # another call by intention
     """`FullAttention` of a map [B, H, W, C] whose global tokens, [B, g, C], are apart."""
 
 

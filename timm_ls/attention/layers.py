@@ -1,5 +1,5 @@
 """What the attention layers share: a LayerNorm for half precision, maps instead of sequences, checks of arguments."""
-from typing import Any, Final, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Final, Optional, Tuple
 
 import torch
 import torch.fx
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ..ops.autocast import is_autocast, without_autocast
 from ..ops.capture import is_captured
 
-__all__ = ['LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_tokens']
+__all__ = ['LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_tokens', 'split_tokens']
 
 # torch.fx knows neither sizes nor types
 torch.fx.wrap('check_global_tokens')
@@ -35,7 +35,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalize over the last dimension."""
-        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.keep_type)
+        return layer_norm(
+            x, self.normalized_shape, self.weight, self.bias, self.eps, self.keep_type)  # type: ignore[arg-type]
 
 
 def layer_norm(
@@ -66,6 +67,16 @@ def layer_norm(
         return F.layer_norm(x, shape, weight, bias, eps)
 
 
+def split_tokens(x: torch.Tensor, num_global_tokens: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return global tokens and map of a sequence [B, g + N, ...], as views whose backward fills no zeros."""
+    if is_captured():  # the number of tokens may be a symbol
+        return x[:, :num_global_tokens], x[:, num_global_tokens:]
+    if num_global_tokens == 0:
+        return x.new_empty(x[:, :0].shape), x
+    global_tokens, tokens = x.split([num_global_tokens, x.shape[1] - num_global_tokens], dim=1)
+    return global_tokens, tokens
+
+
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise a ValueError unless `dim` channels split evenly over `num_heads` heads."""
     if num_heads < 1 or dim % num_heads != 0:
@@ -92,6 +103,12 @@ def check_global_tokens(global_tokens: Optional[torch.Tensor], number: int) -> N
 
 class MapInterface(nn.Module):
     """An attention layer called with a map and its global tokens apart, in place of one sequence."""
+
+    if TYPE_CHECKING:  # the layer brings these
+        num_global_tokens: int
+
+        def attend(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+            """Attend over a sequence."""
 
     def forward(
             self,

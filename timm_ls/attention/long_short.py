@@ -14,7 +14,7 @@ from ..ops.capture import is_captured
 from ..ops.merge import attend_few, pool_tokens
 from ..ops.window_attention import window_attention
 from ..ops.windows import halo_width
-from .layers import LayerNorm, MapInterface, check_heads, check_tokens
+from .layers import LayerNorm, MapInterface, check_heads, check_tokens, split_tokens
 from .rel_pos import RelPosBias2d, position_bias
 
 __all__ = ['LongShortAttention', 'LongShortAttention2d']
@@ -25,6 +25,7 @@ torch.fx.wrap('cast_once')
 torch.fx.wrap('check_tokens')
 torch.fx.wrap('pool_tokens')
 torch.fx.wrap('position_bias')
+torch.fx.wrap('split_tokens')
 torch.fx.wrap('window_attention')
 
 
@@ -109,17 +110,15 @@ class LongShortAttention(nn.Module):
 
         self.make_projections(qkv_bias, dd)
         self.norm_kv = LayerNorm(dim, keep_type=True, **dd)
+        self.dynamic_projection: nn.Module = nn.Identity()
+        self.norm_landmarks: nn.Module = nn.Identity()
         if rank > 0:
             self.dynamic_projection = nn.Linear(dim, num_heads * rank, **dd)
             self.norm_landmarks = LayerNorm(dim, keep_type=True, **dd)
-        else:
-            self.dynamic_projection = nn.Identity()
-            self.norm_landmarks = nn.Identity()
+        self.rel_pos: Optional[RelPosBias2d] = None
         if rel_pos_bias:
             offsets = 2 * (window_size + halo_width(window_size)) - 1
             self.rel_pos = RelPosBias2d(num_heads, (offsets, offsets), **dd)
-        else:
-            self.rel_pos = None
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -149,13 +148,15 @@ class LongShortAttention(nn.Module):
         B, (H, W), C, g = x.shape[0], size, self.dim, self.num_global_tokens
         x = cast_once(x)
         q, kv = self.project(x, size, g)  # [B, g + N, C], [B, g + N, 2, C]
-        additional_kv = kv[:, :g]
+        global_q, map_q = split_tokens(q, g)
+        global_kv, map_kv = split_tokens(kv, g)
+        additional_kv = global_kv
         if self.rank > 0:
-            landmarks = self.landmarks(self.dynamic_projection(x)[:, g:], kv[:, g:])
-            additional_kv = torch.cat([landmarks, additional_kv], dim=1)  # [B, r + g, 2, C]
+            landmarks = self.landmarks(split_tokens(self.dynamic_projection(x), g)[1], map_kv)
+            additional_kv = torch.cat([landmarks, global_kv], dim=1)  # [B, r + g, 2, C]
         out = window_attention(
-            q[:, g:].reshape(B, H, W, C),
-            kv[:, g:].reshape(B, H, W, 2, C),
+            map_q.reshape(B, H, W, C),
+            map_kv.reshape(B, H, W, 2, C),
             additional_kv,
             self.window_bias(),
             self.window_size,
@@ -164,7 +165,7 @@ class LongShortAttention(nn.Module):
             fused=self.fused_attn,
         ).reshape(B, H * W, C)
         if g > 0:
-            out = torch.cat([self.attend_global(q[:, :g], kv, out), out], dim=1)
+            out = torch.cat([self.attend_global(global_q, global_kv, map_kv, out), out], dim=1)
         return self.proj_drop(self.proj(out))
 
     def project(
@@ -174,11 +175,11 @@ class LongShortAttention(nn.Module):
             num_global_tokens: int,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of all tokens."""
-        B, C = x.shape[0], self.dim
+        B, N, C = x.shape[0], x.shape[1], self.dim
         q, kv = self.qkv(x).split([C, 2 * C], dim=-1)
         if is_captured():  # engines fuse a norm of three dimensions
-            return q, self.norm_kv(kv.reshape(B, -1, C)).reshape(B, -1, 2, C)
-        return q, self.norm_kv(kv.reshape(B, -1, 2, C))
+            return q, self.norm_kv(kv.reshape(B, 2 * N, C)).reshape(B, N, 2, C)
+        return q, self.norm_kv(kv.reshape(B, N, 2, C))
 
     def landmarks(self, logits: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Distil keys and values of the map, [B, N, 2, C], by logits [B, N, num_heads * rank] into [B, rank, 2, C]."""
@@ -191,22 +192,27 @@ class LongShortAttention(nn.Module):
         w, halo = self.window_size, self.window_size + 2 * halo_width(self.window_size)
         return position_bias(self.rel_pos()[0], (w, w), (halo, halo))
 
-    def attend_global(self, q: torch.Tensor, kv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def attend_global(
+            self,
+            q: torch.Tensor,
+            global_kv: torch.Tensor,
+            map_kv: torch.Tensor,
+            out: torch.Tensor,
+    ) -> torch.Tensor:
         """Return what the global tokens attend to, [B, g, C].
 
         Args:
             q: Their queries, [B, g, C].
-            kv: Keys and values of all tokens, [B, g + N, 2, C].
+            global_kv: Their keys and values, [B, g, 2, C].
+            map_kv: Keys and values of the map's tokens, [B, N, 2, C].
             out: Outputs of the map's tokens, [B, N, C].
         """
-        if self.update_from_outputs:
-            own = kv[:, :self.num_global_tokens]
-            k, v = torch.cat([own[:, :, 0], out], dim=1), torch.cat([own[:, :, 1], out], dim=1)
-        else:
-            k, v = kv[:, :, 0], kv[:, :, 1]
+        others_k, others_v = (out, out) if self.update_from_outputs else (map_kv[:, :, 0], map_kv[:, :, 1])
+        k = torch.cat([global_kv[:, :, 0], others_k], dim=1)
+        v = torch.cat([global_kv[:, :, 1], others_v], dim=1)
         dropout_p = self.attn_drop.p if self.training else 0.
         return attend_few(q, k, v, self.num_heads, dropout_p, self.fused_attn)
 
 
-class LongShortAttention2d(MapInterface, LongShortAttention):
+class LongShortAttention2d(MapInterface, LongShortAttention):  # type: ignore[misc]  # another call by intention
     """`LongShortAttention` of a map [B, H, W, C] whose global tokens, [B, g, C], are apart."""

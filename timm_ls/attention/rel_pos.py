@@ -139,7 +139,7 @@ def expand_aliased_table(table: torch.Tensor) -> torch.Tensor:
 
 
 def dense_table(table: torch.Tensor, aliased: bool) -> torch.Tensor:
-    """A bias table as released, [rows, num_heads], as ours, [num_heads, rows of offsets, columns of offsets].
+    """Return a bias table as released, [rows, num_heads], as ours, [num_heads, rows of offsets, columns of offsets].
 
     Args:
         table: As released; returned as it is if it is ours.
@@ -174,15 +174,14 @@ class RelPosBias2d(nn.Module):
             dtype: Optional[torch.dtype] = None,
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
+        dd: Any = {'device': device, 'dtype': dtype}
         self.table = nn.Parameter(torch.empty(num_heads, table_size[0], table_size[1], **dd))
+        self.global_patch: Optional[nn.Parameter] = None
+        self.global_global: Optional[nn.Parameter] = None
         if num_global_tokens > 0:
             # [0]: global queries, patch keys; [1]: patch queries, global keys
             self.global_patch = nn.Parameter(torch.empty(2, num_heads, num_global_tokens, **dd))
             self.global_global = nn.Parameter(torch.empty(num_heads, num_global_tokens, num_global_tokens, **dd))
-        else:
-            self.global_patch = None
-            self.global_global = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -214,7 +213,7 @@ def as_value(parameter: torch.Tensor) -> torch.Tensor:
 
     There it has none, and torch's `ModuleTracker`, which counts operations, fails on looking for it.
     """
-    if torch.jit.is_scripting():
+    if torch.jit.is_scripting() or is_captured():
         return parameter
     else:
         return parameter.detach() if torch.is_inference_mode_enabled() else parameter

@@ -7,9 +7,9 @@ from .capture import ceil_div
 
 __all__ = ['chunk_bytes', 'equal_chunks']
 
-# Bytes of a map, of gathered keys or of an MLP's hidden layer to take at a time. On a CPU queries, keys and values of a
-# chunk stay below the 32 MB from which glibc maps memory anew for every tensor; fewer bytes make more calls, more are
-# no faster. Elsewhere a chunk has to keep a large device busy.
+# Bytes of a map or of an MLP's hidden layer to take at a time. On a CPU queries, keys and values of a chunk stay below
+# the 32 MB from which glibc maps memory anew for every tensor, and so do a tile's gathered keys and values, of three
+# times as many bytes; fewer make more calls, more are no faster. Elsewhere a chunk has to keep a large device busy.
 CPU_CHUNK_BYTES = 8 * 2 ** 20
 CHUNK_BYTES = 64 * 2 ** 20
 

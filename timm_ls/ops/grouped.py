@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .indices import on_device
-from .windows import axis_spans, head_plan, tile_plan
+from .windows import head_plan, tile_plan, tiles
 
 __all__ = ['grouped_attention']
 
@@ -21,13 +21,15 @@ def grouped_attention(
         bias: Optional[torch.Tensor],
         window_size: int,
         num_heads: int,
+        first_row: int,
 ) -> torch.Tensor:
-    """Return `window_attention` of whole maps."""
+    """Return `window_attention`; all sizes but the batch's are numbers."""
     B, H, W, C = q.shape
     E, h, d = additional_kv.shape[1], num_heads, C // num_heads
-    geometry = (1, axis_spans(H, window_size), axis_spans(W, window_size), window_size, E)
-    plan = on_device(tile_plan, q.device, *geometry, True)
-    by_head = on_device(head_plan, q.device, *geometry, h, True)
+    tile, = tiles(1, kv.shape[1], W, window_size, first_row, H, windows_per_tile=H * W)
+    plan = on_device(tile_plan, q.device, *tile.geometry, window_size, E, True)
+    by_head = on_device(head_plan, q.device, *tile.geometry, window_size, E, h, True)
+    kv = kv[:, tile.keys[1]]
     q = q.reshape(B, H * W, C)
     # scaled here, where there are fewest: OpenVINO would scale gathered keys, and ignores a `scale` without a mask
     scale: Optional[float] = None
@@ -35,8 +37,9 @@ def grouped_attention(
     if bias is not None:
         q, scale = q * d ** -0.5, 1.
         table = F.pad(bias.flatten(1), (0, 1)).index_select(1, plan.bias)  # [heads, entries]
-    rows = torch.cat([kv.reshape(B, -1, C), additional_kv.reshape(B, -1, C)], dim=1)  # keys and values in turns
-    head_rows = rows.reshape(B, -1, d)
+    rows = torch.cat([  # keys and values in turns
+        kv.reshape(B, 2 * kv.shape[1] * W, C), additional_kv.reshape(B, 2 * E, C)], dim=1)
+    head_rows = rows.reshape(B, rows.shape[1] * h, d)
     outs, query, key, entry = [], 0, 0, 0
     for n, L, S, num_biases in plan.groups:
         queries, values = plan.queries[query:query + n * L], 2 * plan.keys[key:key + n * S] + 1

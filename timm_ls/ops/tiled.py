@@ -59,10 +59,10 @@ def cut_tiles(
         window_size: int,
         first_row: int,
 ) -> Iterator[Tile]:
-    """Cut a call's windows into tiles whose gathered keys take about `chunk_bytes`."""
+    """Cut a call's windows into tiles whose gathered keys and values take about three times `chunk_bytes`."""
     B, rows, W, C = q.shape
     num_keys = additional_kv.shape[1] + (window_size + 2 * halo_width(window_size)) ** 2
-    windows = chunk_bytes(q.device) // (num_keys * 2 * C * q.element_size())
+    windows = 3 * chunk_bytes(q.device) // (num_keys * 2 * C * q.element_size())
     return tiles(B, kv.shape[1], W, window_size, first_row, rows, windows)
 
 
@@ -210,7 +210,7 @@ def backward(
         grads = torch.zeros_like(q), torch.zeros_like(kv), torch.zeros_like(additional_kv)
     grad_bias = q.new_empty(0) if bias is None or grad_table is None else (
         grad_table[:, :-1].to(bias.dtype).contiguous().view(bias.shape))
-    return grads[0], grads[1], grads[2].to(kv.dtype), grad_bias
+    return grads[0], grads[1], grads[2].to(kv.dtype, copy=True), grad_bias  # an operator's outputs share no memory
 
 
 def tile_backward(

@@ -103,6 +103,7 @@ class Choice(NamedTuple):
 
 
 FUSED_IS_OFF = "timm's fused attention is off (exportable=True, TIMM_FUSED_ATTN=0)"
+PLAIN_IS_NEEDED = 'torch.func or forward-mode derivatives need plain operations'
 _implementations: List[Implementation] = []
 _forced: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
 _recorded: ContextVar[Optional[List[Choice]]] = ContextVar('timm_ls_recorded_choices', default=None)
@@ -225,7 +226,7 @@ def window_attention(
             x is not None and x.requires_grad for x in (q, kv, additional_kv, bias))
         call = WindowCall(
             window_size, num_heads, q.shape[-1] // num_heads, first_row, dropout_p, fused, q.device, q.dtype,
-            needs_grad, is_captured(), is_compiled(), q.shape[1] is kv.shape[1] and has_fixed_size(q),
+            needs_grad, is_captured(), is_compiled(), has_fixed_size(q) and has_fixed_size(kv),
             needs_plain_operations())
         return choose(call).attend(q, kv, additional_kv, bias, call)
 
@@ -262,16 +263,20 @@ def _attend_grouped(
         bias: Optional[torch.Tensor],
         call: WindowCall,
 ) -> torch.Tensor:
-    return grouped_attention(q, kv, additional_kv, bias, call.window_size, call.num_heads)
+    return grouped_attention(q, kv, additional_kv, bias, call.window_size, call.num_heads, call.first_row)
 
 
 def _grouped_why_not(call: WindowCall) -> Optional[str]:
-    if not call.fixed_size:
-        return 'it is for graphs of maps of a fixed size'
     if call.dropout_p > 0:
         return 'attention dropout is active'
     if not call.fused:
         return FUSED_IS_OFF
+    if call.captured and not call.fixed_size:
+        return 'a graph is captured whose sizes may vary'
+    if not call.captured and _forced.get() != 'grouped':
+        return 'it is for graphs'
+    if not call.captured and call.plain:
+        return PLAIN_IS_NEEDED
     return None
 
 
@@ -281,9 +286,9 @@ def _tiled_why_not(call: WindowCall) -> Optional[str]:
     if not call.fused:
         return FUSED_IS_OFF
     if call.captured and not (call.compiled and call.device.type == 'cpu'):
-        return 'a graph is captured whose sizes may vary, other than to compile it for a CPU'
+        return 'a graph is captured, other than to compile it for a CPU'
     if call.plain and not call.captured:
-        return 'torch.func or forward-mode derivatives need plain operations'
+        return PLAIN_IS_NEEDED
     if call.needs_grad and call.device.type not in ('cpu', 'cuda', 'meta'):
         return f'its backward pass was written for CPU and CUDA, not for {call.device.type}'
     return None

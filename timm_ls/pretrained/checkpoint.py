@@ -1,7 +1,7 @@
 """Checkpoints: reading a file, unwrapping what it holds, telling whether it fits."""
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Dict, Union
+from typing import Any, Dict, Mapping, Union
 
 import torch
 import torch.nn as nn
@@ -39,7 +39,7 @@ def without_wrappers(name: str) -> str:
     return name
 
 
-def check_state_dict(state_dict: Dict[str, torch.Tensor], model: nn.Module, most: int = 3) -> None:
+def check_state_dict(state_dict: Mapping[str, Any], model: nn.Module, most: int = 3) -> None:
     """Raise one readable error unless weights and model have the same names and shapes.
 
     Args:
@@ -100,6 +100,7 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
         FileNotFoundError: There is no such file.
         RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
     """
-    weights = model.convert_state_dict(read_checkpoint(path))
+    convert: Any = model.convert_state_dict
+    weights = convert(read_checkpoint(path))
     check_state_dict(weights, model)
     model.load_state_dict(weights)
