@@ -1,6 +1,7 @@
 """The libraries that build on timm backbones, with ours in them: forward and backward at sizes that are not square.
 
-A test is skipped only where its library is not installed: `pip install 'timm-ls[clients]'`.
+A test is skipped only where its library is not installed: `pip install 'timm-ls[clients]'`, and those that bring many
+others along, `pip install 'timm-ls[more-clients]'`.
 """
 import copy
 import importlib.util
@@ -24,6 +25,7 @@ from timm.scheduler import create_scheduler_v2
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.data import DataLoader, TensorDataset
 
+from timm_ls.complexity import count_macs
 from timm_ls.ops import chunks
 
 NAME = 'vil_ls_small'
@@ -33,6 +35,10 @@ both_families = pytest.mark.parametrize('name', [NAME, 'cvt_ls_13'])  # of four 
 
 def image(batch=2, size=(64, 96), seed=0):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def need(library, extra='clients'):
+    return pytest.importorskip(library, reason=f"{library} is not installed: pip install 'timm-ls[{extra}]'")
 
 
 def assert_trains(model, loss):
@@ -278,6 +284,37 @@ def test_lightning(name):
     assert 0 < first < .5 * last
 
 
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_lightning_with_an_example(tmp_path, capsys, name):
+    """The summary that `Trainer.fit` prints by default runs the example, counts operations, and leaves no trace."""
+    lightning = need('lightning')
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model(name)
+            self.example_input_array = image(1)
+
+        def forward(self, x):
+            return self.model(x)
+
+        def training_step(self, batch, _):
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    module = Classifier()
+    before = copy.deepcopy(module.model.state_dict())
+    trainer = lightning.Trainer(accelerator='cpu', max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(module, DataLoader(TensorDataset(image(4), torch.tensor([0, 1, 2, 3])), batch_size=2))
+    assert trainer.global_step == 2
+    assert any(not torch.equal(value, before[key]) for key, value in module.model.state_dict().items())
+    summary = lightning.pytorch.utilities.model_summary.summarize(module)
+    assert summary.total_flops == 2 * count_macs(module.model, (64, 96))
+    assert summary.in_sizes == [[1, 3, 64, 96]] and summary.out_sizes == [[1, 10]]
+
+
 @pytest.mark.parametrize('name, attention', [(NAME, ['qkv']), ('cvt_ls_13', ['q', 'k', 'v'])])
 def test_peft(name, attention):
     """LoRA on the linear layers: only its own parameters train, and the merged model equals the unmerged one."""
@@ -363,6 +400,179 @@ def test_torchao(name):
         m(photo)[0, 1].backward()
         gradients.append(photo.grad.flatten())
     assert torch.cosine_similarity(*gradients, dim=0) > .98
+
+
+def captured(model, how):
+    """A model as OpenVINO takes it, for images of any number and size."""
+    openvino = need('openvino')
+    if how == 'example_input':
+        return openvino.convert_model(model, example_input=image(2, (96, 128)))
+    dims = {0: torch.export.Dim('batch'), 2: torch.export.Dim('height', min=33), 3: torch.export.Dim('width', min=33)}
+    return openvino.convert_model(torch.export.export(model, (image(2, (96, 128)),), dynamic_shapes=(dims,)))
+
+
+@pytest.mark.parametrize('name, how', [
+    ('test_vil_ls', 'example_input'), ('test_cvt_ls', 'example_input'), ('test_cvt_ls', 'export'),
+    pytest.param('test_vil_ls', 'export', marks=pytest.mark.slow)])
+def test_openvino(name, how):
+    """Converted once, by an example or from `torch.export`: other batches and rectangles give the same in float32."""
+    openvino = need('openvino')
+    model = timm.create_model(name, pretrained=True).eval()
+    converted = openvino.Core().compile_model(captured(model, how), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    for batch, size in ((2, (96, 128)), (1, (96, 128)), (3, (64, 100)), (1, (130, 70))):
+        x = image(batch, size)
+        with torch.no_grad():
+            expected = model(x)
+        out = torch.from_numpy(converted(x.numpy())[0])
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+@pytest.mark.parametrize('i, j', [(0, 0), (2, 1)])
+def test_grad_cam(name, i, j):
+    """On a norm of a block, reshaped as for any vision transformer: Grad-CAM worked out by hand."""
+    grad_cam = need('pytorch_grad_cam')
+    targets = [grad_cam.utils.model_targets.ClassifierOutputTarget(3)] * 2
+    model, x = timm.create_model(name, pretrained=True).eval(), image()
+    rows, cols, g = 64 >> i + 2, 96 >> i + 2, model.stages[i].num_global_tokens
+
+    def reshape_transform(tokens):
+        return tokens[:, g:].reshape(tokens.shape[0], rows, cols, tokens.shape[2]).permute(0, 3, 1, 2)
+
+    with grad_cam.GradCAM(
+            model=model, target_layers=[model.stages[i].blocks[j].norm1], reshape_transform=reshape_transform) as cam:
+        maps = torch.from_numpy(cam(input_tensor=x, targets=targets))
+
+    stage = model.stages[i]
+    with torch.no_grad():
+        tokens = stage.embed(model.stages[:i](x)).flatten(1, 2)
+        if g > 0:
+            tokens = torch.cat([stage.global_tokens.expand(2, -1, -1), tokens], dim=1)
+        for block in stage.blocks[:j]:
+            tokens = block(tokens, (rows, cols))
+        block = stage.blocks[j]
+        normed = block.norm1(tokens)
+    normed.requires_grad_()
+    tokens = tokens + block.attn(normed, (rows, cols))
+    tokens = tokens + block.mlp(block.norm2(tokens))
+    for block in stage.blocks[j + 1:]:
+        tokens = block(tokens, (rows, cols))
+    level = tokens[:, g:].reshape(2, rows, cols, -1).permute(0, 3, 1, 2)
+    logits = model.forward_head(model.forward_norm(model.stages[i + 1:](level)))
+    grad, = torch.autograd.grad(logits[:, 3].sum(), normed)
+    relevance = (grad[:, g:].mean(dim=1, keepdim=True) * normed[:, g:]).sum(dim=2).relu().detach()
+    relevance = relevance.reshape(2, 1, rows, cols)
+    expected = torch.nn.functional.interpolate(relevance, (64, 96), mode='bilinear')[:, 0]
+    expected = expected - expected.amin(dim=(1, 2), keepdim=True)
+    expected = expected / expected.amax(dim=(1, 2), keepdim=True)
+    assert expected.std() > .05
+    torch.testing.assert_close(maps, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_captum(name):
+    """Integrated gradients of pixels add up to what the logit changes; a layer's Grad-CAM has the layer's size."""
+    attr = need('captum.attr')
+    model, x = timm.create_model(name, pretrained=True).eval(), image()
+    pixels = attr.IntegratedGradients(model).attribute(x, target=3, n_steps=64, internal_batch_size=16)
+    change = (model(x) - model(torch.zeros_like(x)))[:, 3]
+    assert change.abs().min() > .1
+    torch.testing.assert_close(pixels.sum(dim=(1, 2, 3)).float(), change.detach(), rtol=1e-3, atol=1e-3)
+    assert attr.LayerGradCam(model, model.stages[1]).attribute(x, target=3).shape == (2, 1, 8, 12)
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_open_clip(tmp_path, name):
+    """The image tower of a CLIP by a configuration: a training step, embeddings of images that are not square."""
+    open_clip = need('open_clip')
+    tower = dict(timm_model_name=name, timm_pool='avg', timm_proj='linear', image_size=[64, 96])
+    text = dict(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
+    (tmp_path / f'clip-{name}.json').write_text(json.dumps(dict(embed_dim=32, vision_cfg=tower, text_cfg=text)))
+    open_clip.add_model_config(tmp_path)
+    model, _, transform = open_clip.create_model_and_transforms(f'clip-{name}')
+    images = torch.stack([transform(Image.new('RGB', (120, 80), color)) for color in ('red', 'white', 'navy')])
+    assert images.shape == (3, 3, 64, 96)
+    embeddings, texts, scale = model(images, torch.randint(1, 63, (3, 8)))
+    assert embeddings.shape == (3, 32)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+    assert_trains(model.visual.trunk, open_clip.ClipLoss()(embeddings, texts, scale))
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_lightly(name):
+    """SimCLR on features without a classifier: a few steps on two views of the same pictures, and the loss falls."""
+    need('lightly')
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+    backbone = timm.create_model(name, num_classes=0)
+    model = torch.nn.Sequential(backbone, SimCLRProjectionHead(backbone.num_features, 32, 16))
+    transform = SimCLRTransform(input_size=64)
+    pictures = [Image.new('RGB', (96, 80), color) for color in ('red', 'white', 'navy', 'green')]
+    first, second = (torch.stack(views) for views in zip(*map(transform, pictures)))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = NTXentLoss()(model(first), model(second))
+        assert_trains(backbone, loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < .9 * losses[0]
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_fastai(name, dark_and_light):
+    """`vision_learner` by name, with weights: its head is cut off, frozen, fine-tuned, and tells the classes apart."""
+    need('fastai', 'more-clients')
+    from fastai.vision.all import ImageDataLoaders, Resize, accuracy, vision_learner
+    data = ImageDataLoaders.from_folder(
+        dark_and_light, train='train', valid='validation', item_tfms=Resize((64, 96)), bs=8, num_workers=0,
+        device=torch.device('cpu'))
+    learner = vision_learner(data, name, metrics=accuracy, path=dark_and_light)
+    body = learner.model[0].model
+    expected = timm.create_model(name, pretrained=True, num_classes=0)
+    assert all(torch.equal(value, body.state_dict()[key]) for key, value in expected.state_dict().items())
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(3, base_lr=5e-3)
+    assert learner.recorder.values[-1][-1] == 1.
+    assert any(not torch.equal(value, body.state_dict()[key]) for key, value in expected.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_anomalib(tmp_path, name, dark_and_light):
+    """Patchcore on two levels: pictures of the other class are anomalies."""
+    need('anomalib', 'more-clients')
+    from anomalib.data import Folder
+    from anomalib.engine import Engine
+    from anomalib.models import Patchcore
+    data = Folder(
+        name='pictures', root=dark_and_light, normal_dir='train/dark', abnormal_dir='validation/light',
+        normal_test_dir='validation/dark', train_batch_size=4, eval_batch_size=4, num_workers=0)
+    model = Patchcore(
+        backbone=name, layers=['stages.0', 'stages.1'], pre_trained=True,
+        pre_processor=Patchcore.configure_pre_processor(image_size=(64, 96)))
+    engine = Engine(default_root_dir=tmp_path, accelerator='cpu', devices=1, logger=False)
+    engine.fit(model, datamodule=data)
+    channels = sum(timm.create_model(name, device='meta').feature_info[i]['num_chs'] for i in range(2))
+    assert model.model.memory_bank.shape[1] == channels
+    assert engine.test(model, datamodule=data)[0]['image_AUROC'] == 1.
+
+
+@pytest.mark.parametrize('name', ['test_vil_ls', 'test_cvt_ls'])
+def test_torchgeo(name):
+    """A classifier of images of 13 bands, which are not square, trained by its task."""
+    need('torchgeo', 'more-clients')
+    import lightning
+    from torchgeo.trainers import ClassificationTask
+    task = ClassificationTask(model=name, weights=None, in_channels=13, num_classes=3)
+    before = copy.deepcopy(task.model.state_dict())
+    samples = [dict(image=torch.randn(13, 64, 96), label=torch.tensor(i % 3)) for i in range(6)]
+    trainer = lightning.Trainer(
+        accelerator='cpu', max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(task, DataLoader(samples, 3), DataLoader(samples, 3))
+    assert task.model.in_chans == 13 and 'val_loss' in trainer.callback_metrics
+    assert sum(not torch.equal(value, before[key]) for key, value in task.model.state_dict().items()) > 20
+    assert task(torch.randn(2, 13, 64, 96)).shape == (2, 3)
 
 
 @pytest.fixture
