@@ -1,6 +1,7 @@
 """Long-short attention backbones for timm: importing this package registers the models."""
 from importlib.metadata import version as _version
 
+from .adopt import Adopted, adopt
 from .attention import FullAttention2d, GlobalAttention2d, LongShortAttention2d
 from .attention.explain import AttentionChoice, explain_attention
 from .cvt_ls import CvtLs, fuse_conv_bn
@@ -13,6 +14,7 @@ from .vil_ls import VilLs
 __version__ = _version('timm-ls')
 
 __all__ = [
+    'Adopted',
     'AttentionChoice',
     'CvtLs',
     'FullAttention2d',
@@ -20,6 +22,7 @@ __all__ = [
     'LongShortAttention2d',
     'VilLs',
     'WarmStart',
+    'adopt',
     'attention_implementation',
     'explain_attention',
     'fuse_conv_bn',
