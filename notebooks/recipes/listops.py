@@ -1,0 +1,199 @@
+"""ListOps of Long Range Arena: nested lists of operations on digits, generated, and a classifier of their results.
+
+The task is that of Nangia & Bowman, "ListOps: A Diagnostic Dataset for Latent Tree Learning", 2018 (arXiv 1804.06028)
+at the lengths of Tay et al., "Long Range Arena", 2021 (arXiv 2011.04006): sequences such as
+
+    [MAX 2 9 [MIN 4 7 ] 0 ]
+
+of more than 500 and fewer than 2,000 tokens, whose result, a digit, is to be told. A node is an operation with
+probability 1/4, down to a depth of 10, and a digit otherwise; an operation is one of four and has two to ten arguments,
+each number equally likely. Sequences are distinct: 96,000 to train with, 2,000 to validate and 2,000 to test.
+
+    python listops.py                     # one pass over the training set, with long-short attention
+    python listops.py --attention full
+
+The last line printed is a report in JSON.
+"""
+import argparse
+import json
+import random
+import resource
+import time
+from typing import Iterator, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_ls.sequence import SequenceEncoder
+
+MAX_DEPTH, MAX_ARGS, MIN_LENGTH, MAX_LENGTH = 10, 10, 500, 2000
+SPLIT = {'train': 96_000, 'val': 2_000, 'test': 2_000}
+
+
+def median(values: List[int]) -> int:
+    """The middle value, or the mean of the middle two, rounded down."""
+    middle = sorted(values)[(len(values) - 1) // 2:len(values) // 2 + 1]
+    return sum(middle) // len(middle)
+
+
+OPERATIONS = {'[MIN': min, '[MAX': max, '[MED': median, '[SM': lambda values: sum(values) % 10}
+VOCABULARY = [str(digit) for digit in range(10)] + list(OPERATIONS) + [']']
+
+
+def draw(rng: random.Random, tokens: List[int], depth: int = 1) -> Optional[int]:
+    """Append a random expression to `tokens` and return its value, or None as soon as it is too long to be used."""
+    if depth == MAX_DEPTH or rng.random() > .25:
+        tokens.append(rng.randrange(10))
+        return tokens[-1]
+    operation = rng.choice(list(OPERATIONS))
+    tokens.append(VOCABULARY.index(operation))
+    values = []
+    for _ in range(rng.randint(2, MAX_ARGS)):
+        value = draw(rng, tokens, depth + 1)
+        if value is None or len(tokens) >= MAX_LENGTH:
+            return None
+        values.append(value)
+    tokens.append(VOCABULARY.index(']'))
+    return OPERATIONS[operation](values)
+
+
+def examples(number: int, seed: int = 0) -> List[Tuple[bytes, int]]:
+    """Draw distinct sequences, a byte a token, with their results."""
+    rng, found = random.Random(seed), {}
+    while len(found) < number:
+        tokens: List[int] = []
+        value = draw(rng, tokens)
+        if value is not None and MIN_LENGTH < len(tokens) < MAX_LENGTH:
+            found[bytes(tokens)] = value
+    return list(found.items())
+
+
+class FullAttention(nn.Module):
+    """Attention of every token to all, in place of `LongShortAttention1d`, with as few parameters as it takes."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            mask: Optional[torch.Tensor] = None,
+            global_tokens: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        g = 0
+        if global_tokens is not None:
+            g = global_tokens.shape[1]
+            x = torch.cat([global_tokens, x], dim=1)
+            mask = None if mask is None else F.pad(mask, (g, 0), value=True)
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if mask is None else mask[:, None, None]
+        x = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return x[:, g:], x[:, :g] if g else None
+
+
+class Classifier(nn.Module):
+    """The encoder with the paper's sizes for Long Range Arena, and a digit told from its global token."""
+
+    def __init__(self, attention: str = 'long-short', window_size: int = 8, rank: int = 32):
+        super().__init__()
+        self.encoder = SequenceEncoder(len(VOCABULARY), MAX_LENGTH, window_size=window_size, rank=rank)
+        if attention == 'full':
+            for block in self.encoder.blocks:
+                block.attn = FullAttention(block.attn.dim, block.attn.num_heads)
+        dim = self.encoder.norm.normalized_shape[0]
+        self.head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, 10))
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(tokens, mask)[1][:, 0])
+
+
+def batches(data: List[Tuple[bytes, int]], batch_size: int, rng: random.Random) -> Iterator[Tuple[torch.Tensor, ...]]:
+    """Yield all data in a random order: tokens and mask, [B, N], and results, [B]; lengths in a batch are similar."""
+    data = rng.sample(data, len(data))
+    pool = 64 * batch_size
+    for start in range(0, len(data), pool):
+        part = sorted(data[start:start + pool], key=lambda example: len(example[0]))
+        groups = [part[i:i + batch_size] for i in range(0, len(part), batch_size)]
+        for group in rng.sample(groups, len(groups)):
+            length = max(len(tokens) for tokens, _ in group)
+            tokens = torch.tensor([list(tokens.ljust(length, b'\0')) for tokens, _ in group])
+            lengths = torch.tensor([len(tokens) for tokens, _ in group])
+            yield tokens, torch.arange(length) < lengths[:, None], torch.tensor([result for _, result in group])
+
+
+def train(model: nn.Module, data: List[Tuple[bytes, int]], steps: int, batch_size: int, lr: float, seed: int) -> int:
+    """Train with AdamW, the learning rate rising for a fifth of the steps and falling then; returns tokens seen."""
+    rng, tokens_seen, step = random.Random(seed), 0, 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=.2, anneal_strategy='linear')
+    mean_loss = None
+    while step < steps:
+        for tokens, mask, results in batches(data, batch_size, rng):
+            if step == steps:
+                break
+            loss = F.cross_entropy(model(tokens, mask), results)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            tokens_seen += int(mask.sum())
+            mean_loss = loss.item() if mean_loss is None else .98 * mean_loss + .02 * loss.item()
+            if step % 50 == 0:
+                print(f'step {step}: loss {mean_loss:.3f}', flush=True)
+    return tokens_seen
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: List[Tuple[bytes, int]], batch_size: int) -> float:
+    """Share of right results."""
+    model.eval()
+    right = sum((model(tokens, mask).argmax(1) == results).sum().item()
+                for tokens, mask, results in batches(data, batch_size, random.Random(0)))
+    model.train()
+    return right / len(data)
+
+
+def main() -> None:
+    """Train and test one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--attention', choices=['long-short', 'full'], default='long-short')
+    parser.add_argument('--window-size', type=int, default=8)
+    parser.add_argument('--rank', type=int, default=32)
+    parser.add_argument('--steps', type=int, default=3000, help='3,000 batches of 32 are the training set, once')
+    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--lr', type=float, default=1e-3, help='the highest learning rate')
+    parser.add_argument('--examples', type=int, help='draw so many for each split, not the standard numbers')
+    parser.add_argument('--seed', type=int, default=0, help='of the weights and the order of the data')
+    args = parser.parse_args()
+    sizes = {name: args.examples or size for name, size in SPLIT.items()}
+    everything = examples(sum(sizes.values()))
+    data = {}
+    for name, size in sizes.items():
+        data[name], everything = everything[:size], everything[size:]
+
+    torch.manual_seed(args.seed)
+    model = Classifier(args.attention, args.window_size, args.rank)
+    at_rest, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    tokens_seen = train(model, data['train'], args.steps, args.batch_size, args.lr, args.seed)
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({
+        'attention': args.attention,
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'steps': args.steps,
+        'tokens': tokens_seen,
+        'lr': args.lr,
+        'cpu_seconds': round(seconds),
+        'peak_mib': (peak - at_rest) // 1024,
+        **{name: accuracy(model, data[name], args.batch_size) for name in ('val', 'test')},
+    }))
+
+
+if __name__ == '__main__':
+    main()
