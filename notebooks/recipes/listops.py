@@ -7,7 +7,8 @@ at the lengths of Tay et al., "Long Range Arena", 2021 (arXiv 2011.04006): seque
 
 of more than 500 and fewer than 2,000 tokens, whose result, a digit, is to be told. A node is an operation with
 probability 1/4, down to a depth of 10, and a digit otherwise; an operation is one of four and has two to ten arguments,
-each number equally likely. Sequences are distinct: 96,000 to train with, 2,000 to validate and 2,000 to test.
+each number equally likely. Sequences are distinct: 2,000 to test, 2,000 to validate and 96,000 to train with, drawn in
+this order, so that those of a smaller training set are tested likewise.
 
     python listops.py                     # one pass over the training set, with long-short attention
     python listops.py --attention full
@@ -17,22 +18,22 @@ The last line printed is a report in JSON.
 import argparse
 import json
 import random
-import resource
 import time
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from sequence_cost import FullAttention, peak_mib
 
 from timm_ls.sequence import SequenceEncoder
 
 MAX_DEPTH, MAX_ARGS, MIN_LENGTH, MAX_LENGTH = 10, 10, 500, 2000
-SPLIT = {'train': 96_000, 'val': 2_000, 'test': 2_000}
+Examples = List[Tuple[bytes, int]]  # sequences, a byte a token, with their results
 
 
 def median(values: List[int]) -> int:
-    """The middle value, or the mean of the middle two, rounded down."""
+    """Return the middle value, or the mean of the middle two, rounded down."""
     middle = sorted(values)[(len(values) - 1) // 2:len(values) // 2 + 1]
     return sum(middle) // len(middle)
 
@@ -58,8 +59,8 @@ def draw(rng: random.Random, tokens: List[int], depth: int = 1) -> Optional[int]
     return OPERATIONS[operation](values)
 
 
-def examples(number: int, seed: int = 0) -> List[Tuple[bytes, int]]:
-    """Draw distinct sequences, a byte a token, with their results."""
+def examples(number: int, seed: int = 0) -> Examples:
+    """Draw distinct sequences."""
     rng, found = random.Random(seed), {}
     while len(found) < number:
         tokens: List[int] = []
@@ -67,32 +68,6 @@ def examples(number: int, seed: int = 0) -> List[Tuple[bytes, int]]:
         if value is not None and MIN_LENGTH < len(tokens) < MAX_LENGTH:
             found[bytes(tokens)] = value
     return list(found.items())
-
-
-class FullAttention(nn.Module):
-    """Attention of every token to all, in place of `LongShortAttention1d`, with as few parameters as it takes."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(
-            self,
-            x: torch.Tensor,
-            mask: Optional[torch.Tensor] = None,
-            global_tokens: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        g = 0
-        if global_tokens is not None:
-            g = global_tokens.shape[1]
-            x = torch.cat([global_tokens, x], dim=1)
-            mask = None if mask is None else F.pad(mask, (g, 0), value=True)
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mask = None if mask is None else mask[:, None, None]
-        x = self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
-        return x[:, g:], x[:, :g] if g else None
 
 
 class Classifier(nn.Module):
@@ -111,7 +86,7 @@ class Classifier(nn.Module):
         return self.head(self.encoder(tokens, mask)[1][:, 0])
 
 
-def batches(data: List[Tuple[bytes, int]], batch_size: int, rng: random.Random) -> Iterator[Tuple[torch.Tensor, ...]]:
+def batches(data: Examples, batch_size: int, rng: random.Random) -> Iterator[Tuple[torch.Tensor, ...]]:
     """Yield all data in a random order: tokens and mask, [B, N], and results, [B]; lengths in a batch are similar."""
     data = rng.sample(data, len(data))
     pool = 64 * batch_size
@@ -125,16 +100,14 @@ def batches(data: List[Tuple[bytes, int]], batch_size: int, rng: random.Random) 
             yield tokens, torch.arange(length) < lengths[:, None], torch.tensor([result for _, result in group])
 
 
-def train(model: nn.Module, data: List[Tuple[bytes, int]], steps: int, batch_size: int, lr: float, seed: int) -> int:
-    """Train with AdamW, the learning rate rising for a fifth of the steps and falling then; returns tokens seen."""
-    rng, tokens_seen, step = random.Random(seed), 0, 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps + 1, pct_start=.2, anneal_strategy='linear')
-    mean_loss = None
-    while step < steps:
-        for tokens, mask, results in batches(data, batch_size, rng):
-            if step == steps:
-                break
+def train(model: nn.Module, data: Examples, args: argparse.Namespace) -> List[Tuple[int, float]]:
+    """Train with AdamW, the learning rate rising for a fifth of the steps, then falling; return the course of loss."""
+    rng, history, losses, step = random.Random(args.seed), [], [], 0
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, args.steps + 1, pct_start=.2, anneal_strategy='linear')
+    while step < args.steps:
+        for tokens, mask, results in batches(data, args.batch_size, rng):
             loss = F.cross_entropy(model(tokens, mask), results)
             optimizer.zero_grad()
             loss.backward()
@@ -142,16 +115,19 @@ def train(model: nn.Module, data: List[Tuple[bytes, int]], steps: int, batch_siz
             optimizer.step()
             schedule.step()
             step += 1
-            tokens_seen += int(mask.sum())
-            mean_loss = loss.item() if mean_loss is None else .98 * mean_loss + .02 * loss.item()
-            if step % 50 == 0:
-                print(f'step {step}: loss {mean_loss:.3f}', flush=True)
-    return tokens_seen
+            losses.append(loss.item())
+            if step % 20 == 0 or step == args.steps:
+                history.append((step, round(sum(losses) / len(losses), 3)))
+                losses.clear()
+                print('step {}: loss {:.3f}'.format(*history[-1]), flush=True)
+            if step == args.steps:
+                break
+    return history
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: List[Tuple[bytes, int]], batch_size: int) -> float:
-    """Share of right results."""
+def accuracy(model: nn.Module, data: Examples, batch_size: int) -> float:
+    """Return the share of right results."""
     model.eval()
     right = sum((model(tokens, mask).argmax(1) == results).sum().item()
                 for tokens, mask, results in batches(data, batch_size, random.Random(0)))
@@ -159,7 +135,7 @@ def accuracy(model: nn.Module, data: List[Tuple[bytes, int]], batch_size: int) -
     return right / len(data)
 
 
-def main() -> None:
+def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Train and test one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--attention', choices=['long-short', 'full'], default='long-short')
@@ -168,30 +144,27 @@ def main() -> None:
     parser.add_argument('--steps', type=int, default=3000, help='3,000 batches of 32 are the training set, once')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-3, help='the highest learning rate')
-    parser.add_argument('--examples', type=int, help='draw so many for each split, not the standard numbers')
+    parser.add_argument('--train-examples', type=int, default=96_000)
+    parser.add_argument('--held-out', type=int, default=2_000, help='sequences to test with, and to validate with')
     parser.add_argument('--seed', type=int, default=0, help='of the weights and the order of the data')
-    args = parser.parse_args()
-    sizes = {name: args.examples or size for name, size in SPLIT.items()}
-    everything = examples(sum(sizes.values()))
-    data = {}
-    for name, size in sizes.items():
-        data[name], everything = everything[:size], everything[size:]
+    args = parser.parse_args(arguments)
+    data = examples(2 * args.held_out + args.train_examples)
+    test, val, data = data[:args.held_out], data[args.held_out:2 * args.held_out], data[2 * args.held_out:]
 
     torch.manual_seed(args.seed)
     model = Classifier(args.attention, args.window_size, args.rank)
-    at_rest, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    tokens_seen = train(model, data['train'], args.steps, args.batch_size, args.lr, args.seed)
-    seconds = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    at_rest, start = peak_mib(), time.process_time()
+    history = train(model, data, args)
     print(json.dumps({
         'attention': args.attention,
         'parameters': sum(parameter.numel() for parameter in model.parameters()),
-        'steps': args.steps,
-        'tokens': tokens_seen,
+        'examples': args.steps * args.batch_size,
         'lr': args.lr,
-        'cpu_seconds': round(seconds),
-        'peak_mib': (peak - at_rest) // 1024,
-        **{name: accuracy(model, data[name], args.batch_size) for name in ('val', 'test')},
+        'cpu_seconds': round(time.process_time() - start),
+        'peak_mib': round(peak_mib() - at_rest),
+        'val': accuracy(model, val, args.batch_size),
+        'test': accuracy(model, test, args.batch_size),
+        'history': history,
     }))
 
 
