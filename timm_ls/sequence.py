@@ -3,35 +3,42 @@
 Of the shapes in Zhu et al., "Long-Short Transformer", NeurIPS 2021, sections 4.1 (Long Range Arena) and 4.2 (enwik8).
 """
 import re
-from typing import Any, Dict, List, Optional, Tuple, cast
+from typing import Any, Dict, List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import Mlp
 
+from .attention.layers import LayerNorm
 from .attention.sequence import CausalCache, CausalLongShortAttention1d, LongShortAttention1d
+from .ops.capture import is_captured
 from .pretrained.checkpoint import unwrap_state_dict
 
 __all__ = ['CausalBlock', 'CausalLanguageModel', 'EncoderBlock', 'SequenceEncoder', 'convert_released']
 
 
-class EncoderBlock(nn.Module):
-    """Pre-norm block of an encoder; global tokens go through the same layers.
+class Block(nn.Module):
+    """Attention and an MLP with GELU, and a norm for each.
 
     Args:
-        dim: Channels.
-        mlp_ratio: Channels inside the MLP, as a multiple of `dim`.
-        drop: Dropout probability of what is added, and inside the MLP.
-        attn: Arguments of `LongShortAttention1d`.
+        attn: The attention layer; any other with its `forward` may take its place later.
+        mlp_ratio: Channels inside the MLP, as a multiple of the layer's.
+        drop: Dropout probability inside the MLP and of what it adds.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float = 2., drop: float = 0., **attn: Any):
+    def __init__(self, attn: Union[LongShortAttention1d, CausalLongShortAttention1d], mlp_ratio: float, drop: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = LongShortAttention1d(dim, proj_drop=drop, **attn)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.norm1 = LayerNorm(attn.dim)
+        self.attn = attn
+        self.norm2 = LayerNorm(attn.dim)
+        self.mlp = Mlp(attn.dim, int(attn.dim * mlp_ratio), drop=drop)
+
+
+class EncoderBlock(Block):
+    """Pre-norm block of an encoder; global tokens go through the same layers."""
+
+    attn: LongShortAttention1d
 
     def forward(
             self,
@@ -87,10 +94,11 @@ class SequenceEncoder(nn.Module):
         self.drop = nn.Dropout(drop)
         self.blocks = nn.ModuleList(
             EncoderBlock(
-                dim, mlp_ratio, drop, num_heads=num_heads, window_size=window_size, rank=rank,
-                num_global_tokens=num_global_tokens, attn_drop=attn_drop)
+                LongShortAttention1d(
+                    dim, num_heads, window_size, rank, num_global_tokens, attn_drop=attn_drop, proj_drop=drop),
+                mlp_ratio, drop)
             for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -122,7 +130,7 @@ class SequenceEncoder(nn.Module):
             ValueError: The sequence is longer than `max_length`.
         """
         N = tokens.shape[1]
-        if not torch.compiler.is_compiling() and N > self.pos_embed.shape[0]:
+        if not is_captured() and N > self.pos_embed.shape[0]:
             raise ValueError(f'A sequence of {N} tokens: expected at most max_length={self.pos_embed.shape[0]}.')
         if mask is not None:
             tokens = tokens.masked_fill(~mask, 0)
@@ -136,24 +144,13 @@ class SequenceEncoder(nn.Module):
         return x, None if global_tokens is None else self.norm(global_tokens)
 
 
-class CausalBlock(nn.Module):
+class CausalBlock(Block):
     """Block of the causal language model: x = norm(x), x + attention(x), and the same with the MLP.
 
     Unlike in a pre-norm block as it is usual, what is added to are the normalized tokens, as in the authors' code.
-
-    Args:
-        dim: Channels.
-        mlp_ratio: Channels inside the MLP, as a multiple of `dim`.
-        drop: Dropout probability of what is added, and inside the MLP.
-        attn: Arguments of `CausalLongShortAttention1d`.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float = 4., drop: float = 0., **attn: Any):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = CausalLongShortAttention1d(dim, proj_drop=drop, **attn)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+    attn: CausalLongShortAttention1d
 
     def forward(self, x: torch.Tensor, memory: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Update tokens [B, N, C]; the memory are the block's inputs of earlier calls, [B, M, C]."""
@@ -232,8 +229,9 @@ class CausalLanguageModel(nn.Module):
         self.drop = nn.Dropout(drop)
         self.blocks = nn.ModuleList(
             CausalBlock(
-                dim, mlp_ratio, drop, num_heads=num_heads, window_size=window_size, segment_size=segment_size,
-                rank=rank, max_segments=max_segments, qkv_bias=qkv_bias, attn_drop=attn_drop)
+                CausalLongShortAttention1d(
+                    dim, num_heads, window_size, segment_size, rank, max_segments, qkv_bias, attn_drop, proj_drop=drop),
+                mlp_ratio, drop)
             for _ in range(depth))
         self.head_bias = nn.Parameter(torch.zeros(vocab_size))
         self.init_weights()
@@ -261,7 +259,11 @@ class CausalLanguageModel(nn.Module):
         Returns:
             Logits of the next tokens, [B, N, vocab_size], and the memory for the next call, without a gradient: the
             last `memory_length` tokens, or as many whole segments as there are. None if `memory_length` is 0.
+
+        Raises:
+            ValueError: The memory has another shape.
         """
+        self.check_memory(memory)
         x = self.embed_tokens(tokens)
         inputs: List[torch.Tensor] = []
         for i, block in enumerate(self.blocks):
@@ -284,6 +286,7 @@ class CausalLanguageModel(nn.Module):
             memory: Optional[torch.Tensor] = None,
     ) -> Tuple[torch.Tensor, List[CausalCache]]:
         """Return the logits of `forward` and what `step` needs to continue from there."""
+        self.check_memory(memory)
         x = self.embed_tokens(tokens)
         caches = []
         for i, block in enumerate(cast(List[CausalBlock], self.blocks)):
@@ -326,7 +329,12 @@ class CausalLanguageModel(nn.Module):
 
         Returns:
             The sequences with their continuations, [B, N + num_tokens].
+
+        Raises:
+            ValueError: The temperature is negative.
         """
+        if temperature < 0:
+            raise ValueError(f'temperature={temperature}: expected 0 (the likeliest token) or more.')
         logits, caches = self.prefill(tokens)
         for i in range(num_tokens):
             if i > 0:
@@ -337,6 +345,13 @@ class CausalLanguageModel(nn.Module):
                 token = torch.multinomial((logits[:, -1].float() / temperature).softmax(-1), 1, generator=generator)
             tokens = torch.cat([tokens, token], dim=1)
         return tokens
+
+    def check_memory(self, memory: Optional[torch.Tensor]) -> None:
+        """Raise a ValueError unless there is a memory for each block; blocks look at the rest of its shape."""
+        if memory is not None and not is_captured() and (memory.ndim != 4 or memory.shape[0] != len(self.blocks)):
+            raise ValueError(
+                f'Expected memory as [{len(self.blocks)}, batch, length, {self.dim}], of an earlier call;'
+                f' got {list(memory.shape)}.')
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Look up token numbers [B, N] as [B, N, C], of a size that suits the shared embedding's small values."""

@@ -87,8 +87,8 @@ def evaluate(model: nn.Module, data: torch.Tensor, args: argparse.Namespace) -> 
     return result / len(sequences)
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
-    """Train and test one model, or measure a training step."""
+def run(arguments: Optional[Sequence[str]] = None) -> Tuple[CausalLanguageModel, Dict[str, Any]]:
+    """Train and test one model, or measure a training step; return the model and a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--attention', choices=['long-short', 'window', 'full'], default='long-short')
     parser.add_argument('--dim', type=int, default=128)
@@ -120,8 +120,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     if not args.cost_at:
         report['val'] = round(evaluate(model, data[-2 * args.held_out:-args.held_out], args), 4)
         report['test'] = round(evaluate(model, data[-args.held_out:], args), 4)
-    print(json.dumps(report))
+    return model, report
 
 
 if __name__ == '__main__':
-    main()
+    print(json.dumps(run()[1]))

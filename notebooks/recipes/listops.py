@@ -12,6 +12,7 @@ this order, so that those of a smaller training set are tested likewise.
 
     python listops.py                     # one pass over the training set, with long-short attention
     python listops.py --attention full
+    python listops.py --min-length 50 --max-length 200 --steps 300    # shorter sequences, for a first look
 
 The last line printed is a report in JSON.
 """
@@ -19,7 +20,7 @@ import argparse
 import json
 import random
 import time
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -28,7 +29,7 @@ from sequence_cost import FullAttention, peak_mib
 
 from timm_ls.sequence import SequenceEncoder
 
-MAX_DEPTH, MAX_ARGS, MIN_LENGTH, MAX_LENGTH = 10, 10, 500, 2000
+MAX_DEPTH, MAX_ARGS = 10, 10
 Examples = List[Tuple[bytes, int]]  # sequences, a byte a token, with their results
 
 
@@ -42,8 +43,8 @@ OPERATIONS = {'[MIN': min, '[MAX': max, '[MED': median, '[SM': lambda values: su
 VOCABULARY = [str(digit) for digit in range(10)] + list(OPERATIONS) + [']']
 
 
-def draw(rng: random.Random, tokens: List[int], depth: int = 1) -> Optional[int]:
-    """Append a random expression to `tokens` and return its value, or None as soon as it is too long to be used."""
+def draw(rng: random.Random, tokens: List[int], max_length: int, depth: int = 1) -> Optional[int]:
+    """Append a random expression to `tokens` and return its value, or None as soon as there are `max_length`."""
     if depth == MAX_DEPTH or rng.random() > .25:
         tokens.append(rng.randrange(10))
         return tokens[-1]
@@ -51,21 +52,21 @@ def draw(rng: random.Random, tokens: List[int], depth: int = 1) -> Optional[int]
     tokens.append(VOCABULARY.index(operation))
     values = []
     for _ in range(rng.randint(2, MAX_ARGS)):
-        value = draw(rng, tokens, depth + 1)
-        if value is None or len(tokens) >= MAX_LENGTH:
+        value = draw(rng, tokens, max_length, depth + 1)
+        if value is None or len(tokens) >= max_length:
             return None
         values.append(value)
     tokens.append(VOCABULARY.index(']'))
     return OPERATIONS[operation](values)
 
 
-def examples(number: int, seed: int = 0) -> Examples:
-    """Draw distinct sequences."""
+def examples(number: int, min_length: int = 500, max_length: int = 2000, seed: int = 0) -> Examples:
+    """Draw distinct sequences, longer than `min_length` and shorter than `max_length`."""
     rng, found = random.Random(seed), {}
     while len(found) < number:
         tokens: List[int] = []
-        value = draw(rng, tokens)
-        if value is not None and MIN_LENGTH < len(tokens) < MAX_LENGTH:
+        value = draw(rng, tokens, max_length)
+        if value is not None and min_length < len(tokens) < max_length:
             found[bytes(tokens)] = value
     return list(found.items())
 
@@ -73,9 +74,9 @@ def examples(number: int, seed: int = 0) -> Examples:
 class Classifier(nn.Module):
     """The encoder with the paper's sizes for Long Range Arena, and a digit told from its global token."""
 
-    def __init__(self, attention: str = 'long-short', window_size: int = 8, rank: int = 32):
+    def __init__(self, attention: str, max_length: int, window_size: int, rank: int):
         super().__init__()
-        self.encoder = SequenceEncoder(len(VOCABULARY), MAX_LENGTH, window_size=window_size, rank=rank)
+        self.encoder = SequenceEncoder(len(VOCABULARY), max_length, window_size=window_size, rank=rank)
         if attention == 'full':
             for block in self.encoder.blocks:
                 block.attn = FullAttention(block.attn.dim, block.attn.num_heads)
@@ -135,8 +136,8 @@ def accuracy(model: nn.Module, data: Examples, batch_size: int) -> float:
     return right / len(data)
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> None:
-    """Train and test one model."""
+def run(arguments: Optional[Sequence[str]] = None) -> Tuple[Classifier, Dict[str, Any]]:
+    """Train and test one model; return it and a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--attention', choices=['long-short', 'full'], default='long-short')
     parser.add_argument('--window-size', type=int, default=8)
@@ -144,29 +145,31 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--steps', type=int, default=3000, help='3,000 batches of 32 are the training set, once')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--lr', type=float, default=1e-3, help='the highest learning rate')
+    parser.add_argument('--min-length', type=int, default=500, help='sequences are longer')
+    parser.add_argument('--max-length', type=int, default=2000, help='sequences are shorter')
     parser.add_argument('--train-examples', type=int, default=96_000)
     parser.add_argument('--held-out', type=int, default=2_000, help='sequences to test with, and to validate with')
     parser.add_argument('--seed', type=int, default=0, help='of the weights and the order of the data')
     args = parser.parse_args(arguments)
-    data = examples(2 * args.held_out + args.train_examples)
+    data = examples(2 * args.held_out + args.train_examples, args.min_length, args.max_length)
     test, val, data = data[:args.held_out], data[args.held_out:2 * args.held_out], data[2 * args.held_out:]
 
     torch.manual_seed(args.seed)
-    model = Classifier(args.attention, args.window_size, args.rank)
+    model = Classifier(args.attention, args.max_length, args.window_size, args.rank)
     at_rest, start = peak_mib(), time.process_time()
     history = train(model, data, args)
-    print(json.dumps({
+    return model, {
         'attention': args.attention,
         'parameters': sum(parameter.numel() for parameter in model.parameters()),
         'examples': args.steps * args.batch_size,
         'lr': args.lr,
-        'cpu_seconds': round(time.process_time() - start),
+        'cpu_seconds': round(time.process_time() - start, 1),
         'peak_mib': round(peak_mib() - at_rest),
         'val': accuracy(model, val, args.batch_size),
         'test': accuracy(model, test, args.batch_size),
         'history': history,
-    }))
+    }
 
 
 if __name__ == '__main__':
-    main()
+    print(json.dumps(run()[1]))

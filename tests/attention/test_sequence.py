@@ -607,6 +607,10 @@ def test_meta_device():
     (lambda: CausalLongShortAttention1d(16, 2, 4, 2, 1)(torch.zeros(2, 8, 15)), r'got \[2, 8, 15\]'),
     (lambda: CausalLongShortAttention1d(16, 2, 4, 2, 1).step(torch.zeros(2, 2, 16), None),
      r'Expected one token, \[batch, 1, 16\]; got \[2, 2, 16\]'),
+    (lambda: CausalLanguageModel(9, 16, 2, 2, 4, 2, 1)(torch.zeros(1, 3).long(), torch.zeros(3, 1, 2, 16)),
+     r'Expected memory as \[2, batch, length, 16\].*; got \[3, 1, 2, 16\]'),
+    (lambda: CausalLanguageModel(9, 16, 2, 2, 4, 2, 1).generate(torch.zeros(1, 3).long(), 2, -1.),
+     'temperature=-1.0: expected 0'),
 ])
 def test_errors(build, message):
     with pytest.raises(ValueError, match=message):

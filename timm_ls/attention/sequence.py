@@ -400,9 +400,9 @@ class CausalLongShortAttention1d(SequenceAttention):
         """
         if x.shape[1:] != (1, self.dim):
             raise ValueError(f'Expected one token, [batch, 1, {self.dim}]; got {list(x.shape)}.')
-        _, landmarks, segment, window_terms, landmark_terms = cache
+        window, landmarks, segment, window_terms, landmark_terms = cache
         q, kv = self.project(x)
-        window = torch.cat([cache.window, self.norm_kv(kv)], dim=1)
+        window = torch.cat([window, self.norm_kv(kv)], dim=1)
         kv = torch.cat([landmarks, window], dim=1)[:, None]
         valid = torch.ones(kv.shape[:3], device=x.device, dtype=torch.bool)
         near = window_terms[self.window_size - window.shape[1]:]
