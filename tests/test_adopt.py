@@ -11,14 +11,10 @@ import pytest
 import torch
 from golden_fill import load_case
 from layers import randomise
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-import timm_ls
-from timm_ls import LongShortAttention2d, adopt
+from timm_ls import adopt
 from timm_ls.adopt import AdoptedAttention
-from timm_ls.attention import LongShortAttention
 
 
 def surya(name='transformer_ls', attribute='AttentionLS'):

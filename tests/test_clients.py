@@ -119,7 +119,7 @@ def test_segmentation_models_pytorch_as_machine_code(decoder, name):
         wanted = torch.autograd.grad(expected.square().mean(), parameters)
         for grad, eager in zip(torch.autograd.grad(masks.square().mean(), parameters), wanted, strict=True):
             torch.testing.assert_close(grad, eager, rtol=1e-3, atol=1e-4 * (1e-3 + eager.abs().max().item()))
-    # one for each side of 4,096 terms, of which inductor makes sums in another way (here, of BatchNorms in the decoder),
+    # one for each side of 4,096 terms, of which inductor makes sums in another way (here, BatchNorms of the decoder),
     # and one that it gives up and begins again
     assert 1 <= counter.frame_count <= 3
 

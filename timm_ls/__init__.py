@@ -1,8 +1,15 @@
 """Long-short attention backbones for timm: importing this package registers the models."""
 from importlib.metadata import version as _version
 
+from . import sequence
 from .adopt import Adopted, adopt
-from .attention import FullAttention2d, GlobalAttention2d, LongShortAttention2d
+from .attention import (
+    CausalLongShortAttention1d,
+    FullAttention2d,
+    GlobalAttention2d,
+    LongShortAttention1d,
+    LongShortAttention2d,
+)
 from .attention.explain import AttentionChoice, explain_attention
 from .cvt_ls import CvtLs, fuse_conv_bn
 from .linear import linear_implementation
@@ -16,9 +23,11 @@ __version__ = _version('timm-ls')
 __all__ = [
     'Adopted',
     'AttentionChoice',
+    'CausalLongShortAttention1d',
     'CvtLs',
     'FullAttention2d',
     'GlobalAttention2d',
+    'LongShortAttention1d',
     'LongShortAttention2d',
     'VilLs',
     'WarmStart',
@@ -28,5 +37,6 @@ __all__ = [
     'fuse_conv_bn',
     'linear_implementation',
     'load_checkpoint',
+    'sequence',
     'warm_start',
 ]

@@ -10,7 +10,8 @@ from torch import nn
 class AttentionLS(nn.Module):
     """Long-short attention; its global tokens attend to outputs, as released, or to keys, as in Surya."""
 
-    def __init__(self, dim, num_heads=8, qkv_bias=False, attn_drop=0., rpe=False, nglo=1, dp_rank=2, w=2, update='keys'):
+    def __init__(
+            self, dim, num_heads=8, qkv_bias=False, attn_drop=0., rpe=False, nglo=1, dp_rank=2, w=2, update='keys'):
         super().__init__()
         self.num_heads, self.nglo, self.dp_rank, self.window_size, self.update = num_heads, nglo, dp_rank, w, update
         self.scale = (dim // num_heads) ** -0.5
