@@ -3,7 +3,7 @@
 `window_attention` is the contract and the only place that chooses. Implementations of the same mathematics are
 registered with what they do not take; the first that takes a call computes it:
 
-- 'triton': a fused kernel for CUDA devices (`triton.py`); for now only where it is asked for,
+- 'triton': kernels for CUDA devices (`triton/`); for now only where they are asked for,
 - 'tiled': windows grouped by the part of their halo that lies inside the map, no masks, bounded memory (`tiled.py`),
 - 'grouped': the same groups in plain operations, for graphs of maps of a fixed size (`grouped.py`),
 - 'masked': one gather and one attention call in plain operations, for graphs and everything else (`masked.py`).
@@ -301,14 +301,14 @@ def _attend_triton(
         bias: Optional[torch.Tensor],
         call: WindowCall,
 ) -> torch.Tensor:
-    from .triton import triton_attention  # needs a package that not every platform has
+    from .triton.attention import triton_attention  # here: triton takes time to import
     return triton_attention(q, kv, additional_kv, bias, call.window_size, call.num_heads, call.first_row)
 
 
 def _triton_why_not(call: WindowCall) -> Optional[str]:
     if _forced.get() != 'triton':
         return 'it has not run on a GPU yet: only where it is asked for'
-    from .triton import why_not
+    from .triton.attention import why_not
     return why_not(call)
 
 
