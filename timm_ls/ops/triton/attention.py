@@ -13,7 +13,7 @@ from ..._compat import functorch_is_active, is_in_forward_mode
 from ..capture import ceil_div, is_captured
 from ..derivatives import differentiable_gradients
 from ..masked import plain_attention
-from ..window_attention import FUSED_IS_OFF, WindowCall
+from ..window_attention import FUSED_IS_OFF, PLAIN_IS_NEEDED, WindowCall
 from ..windows import halo_width
 
 try:
@@ -108,7 +108,7 @@ def type_why_not(dtype: torch.dtype, head_dim: int) -> Optional[str]:
 def transform_why_not() -> Optional[str]:
     """Return why kernels do not take part in what happens to a call, or None if they do."""
     if functorch_is_active() or is_in_forward_mode():
-        return 'torch.func or forward-mode derivatives need plain operations'
+        return PLAIN_IS_NEEDED
     return None
 
 
