@@ -3,6 +3,7 @@
 Implementations come from the registry: a new one is tested here once it is registered. One that needs a device is
 skipped without it; `test_triton.py` runs those of Triton under its interpreter.
 """
+import dataclasses
 import random
 import threading
 
@@ -16,7 +17,7 @@ from triton_interpreter import INTERPRETED
 
 import timm_ls
 from timm_ls import LongShortAttention2d, attention_implementation, explain_attention
-from timm_ls.ops import chunks
+from timm_ls.ops import chunks, overrides
 from timm_ls.ops import masked as masked_module
 from timm_ls.ops import window_attention as registry
 from timm_ls.ops.window_attention import (
@@ -394,12 +395,30 @@ def test_rank_decides(dummy):
     assert (len(low), len(high)) == (0, 1)
     again = dummy('high', lambda call: 'no', rank=60)
     assert taken(layer, x) == (['low'], {
-        'triton': 'it has not run on a GPU yet: only where it is asked for', 'high': 'no',
+        'triton': 'it is for CUDA devices, not for cpu', 'high': 'no',
         'tiled': "comes after 'low'", 'grouped': 'it is for graphs', 'masked': "comes after 'low'"})
     assert (len(low), len(high), len(again)) == (1, 1, 0)
     assert list(implementations()) == ['high', 'low', 'triton', 'tiled', 'grouped', 'masked']
     dummy('high', rank=-1)
     assert list(implementations())[-1] == 'high'
+
+
+@pytest.mark.parametrize('fastest, forced, expected', [
+    ('masked', 'auto', 'masked'), ('masked', 'tiled', 'tiled'), ('grouped', 'auto', 'tiled'), (None, 'auto', 'tiled')])
+def test_measured_on_a_gpu(monkeypatch, fastest, forced, expected):
+    """What was the fastest there is asked first, for such calls; what does not take them is passed over."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    row = dict(gpu='sm_90', dtype='bfloat16', window_size=7, head_dim=32, implementation=fastest)
+    monkeypatch.setattr(overrides, 'OVERRIDES', () if fastest is None else (row,))
+    monkeypatch.setattr(registry, '_implementations', [
+        each if each.name != 'triton' else dataclasses.replace(each, why_not=lambda call: 'not here') for each in ALL])
+    call = registry.WindowCall(
+        7, 3, 32, 0, 0., True, torch.device('cuda'), torch.bfloat16, True, False, False, False, False)
+    with attention_implementation(forced):
+        assert registry.choose(call).name == expected
+        for change in (dict(window_size=8), dict(head_dim=64), dict(dtype=torch.float32)):
+            assert registry.choose(dataclasses.replace(call, **change)).name == 'tiled'
 
 
 def test_forcing():

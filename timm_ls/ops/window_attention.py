@@ -3,13 +3,15 @@
 `window_attention` is the contract and the only place that chooses. Implementations of the same mathematics are
 registered with what they do not take; the first that takes a call computes it:
 
-- 'triton': kernels for CUDA devices (`triton/`); for now only where they are asked for,
+- 'triton': kernels for CUDA devices (`triton/`), where they have passed their self-check,
 - 'tiled': windows grouped by the part of their halo that lies inside the map, no masks, bounded memory (`tiled.py`),
 - 'grouped': the same groups in plain operations, for graphs of maps of a fixed size (`grouped.py`),
 - 'masked': one gather and one attention call in plain operations, for graphs and everything else (`masked.py`).
 
-What is chosen follows from the call alone: tensors, graph, device and what the user forces, never a measurement.
+What is chosen follows from the call alone: tensors, graph, device and what the user forces, never from a timing. What
+was measured on a kind of GPU is in a table (`overrides.py`): the fastest there is asked first.
 """
+import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from .capture import has_fixed_size, is_captured, is_compiled, needs_plain_operations
 from .grouped import grouped_attention
 from .masked import masked_attention
+from .overrides import override
 from .tiled import tiled_attention, tiled_operator
 
 __all__ = [
@@ -104,6 +107,7 @@ class Choice(NamedTuple):
 
 FUSED_IS_OFF = "timm's fused attention is off (exportable=True, TIMM_FUSED_ATTN=0)"
 PLAIN_IS_NEEDED = 'torch.func or forward-mode derivatives need plain operations'
+TRITON_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # then its kernels run on any device
 _implementations: List[Implementation] = []
 _forced: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
 _recorded: ContextVar[Optional[List[Choice]]] = ContextVar('timm_ls_recorded_choices', default=None)
@@ -127,7 +131,7 @@ def attention_implementation(name: str) -> Iterator[None]:
     All ways give the same values and gradients up to rounding. Scripts always hold the masked one.
 
     Args:
-        name: 'tiled', 'masked', 'triton' (a kernel for CUDA devices; see `timm_ls.ops.triton` for what is known of it),
+        name: 'tiled', 'masked', 'triton' (kernels for CUDA devices: `timm_ls.ops.triton` says what is known of them),
             or 'auto', the default: the first that takes a call.
 
     Raises:
@@ -161,10 +165,13 @@ def choose(call: WindowCall) -> Implementation:
     Raises:
         RuntimeError: The one that is forced does not take it.
     """
-    forced = _forced.get()
+    forced, recorded = _forced.get(), _recorded.get()
     why_not: Dict[str, str] = {}
     chosen: Optional[Implementation] = None
-    for each in _implementations:
+    fastest = override(call.device, call.dtype, call.window_size, call.head_dim)
+    for each in sorted(_implementations, key=lambda each: each.name != fastest):
+        if chosen is not None and recorded is None:
+            break
         reason = each.why_not(call) if forced in ('auto', each.name) else f'{forced!r} is forced'
         if reason is not None:
             why_not[each.name] = reason
@@ -176,7 +183,6 @@ def choose(call: WindowCall) -> Implementation:
         raise RuntimeError(
             f'attention_implementation({forced!r}) does not take this call: {why_not[forced]}.'
             " With 'auto', one that does is chosen.")
-    recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Choice(call, chosen.name, why_not))
     return chosen
@@ -306,10 +312,17 @@ def _attend_triton(
 
 
 def _triton_why_not(call: WindowCall) -> Optional[str]:
-    if _forced.get() != 'triton':
-        return 'it has not run on a GPU yet: only where it is asked for'
+    is_forced = _forced.get() == 'triton'
+    if call.device.type != 'cuda' and not is_forced and not TRITON_IS_INTERPRETED:
+        return f'it is for CUDA devices, not for {call.device.type}'
     from .triton.attention import why_not
-    return why_not(call)
+    reason = why_not(call)
+    if reason is not None or is_forced:
+        return reason
+    if call.captured and not call.compiled:
+        return 'a graph is captured, other than to compile it for this machine'
+    from .triton.self_check import failure
+    return failure(call.device, call.dtype, call.window_size, call.head_dim, call.needs_grad)
 
 
 register_implementation(Implementation('masked', _attend_masked, lambda call: None, rank=0))
