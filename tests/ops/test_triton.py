@@ -29,8 +29,10 @@ TRITON = implementations()['triton']
 def test_under_the_interpreter(marker):
     """What needs a device, here and among the tests of the contract, on a CPU."""
     print(run_interpreted(
-        '-m', marker, '-k', 'triton',
-        *(f'tests/ops/test_{name}.py' for name in ('window_attention', 'triton', 'triton_self_check'))))
+        '-m', marker, '-k', 'triton or gpu_check',
+        *(f'tests/ops/test_{name}.py' for name in (
+            'window_attention', 'triton', 'triton_landmarks', 'triton_self_check')),
+        'tests/test_gpu_check.py'))
 
 
 def compare(case, dtype=torch.float32, seed=0):

@@ -12,26 +12,32 @@ triton = pytest.importorskip('triton', reason='triton is not installed: torch br
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from timm_ls.ops.triton import attention, kernels  # noqa: E402
+from timm_ls.ops.triton import attention, kernels, landmark_kernels, landmarks  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason='the interpreter compiles nothing')
 KERNELS = ('forward', 'query_grad', 'key_grad', 'bias_grad', 'additional_grad')
+LANDMARK_KERNELS = ('landmark', 'landmark_grad')
 DTYPES = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}
 SHARED_MEMORY = {80: 163, 90: 227, 120: 99}  # KiB that a program can have
 
 
 def compile_kernel(name, dtype, head_dim, capability, window):
     """Compile a kernel as it is launched; with its block sizes."""
-    kernel = getattr(kernels, f'{name}_kernel')
+    is_landmark = name in LANDMARK_KERNELS
+    kernel = getattr(landmark_kernels if is_landmark else kernels, f'{name}_kernel')
     q, kv, additional = (torch.empty(*shape, head_dim, dtype=dtype) for shape in ((1, 1, 1), (1, 1, 1, 2), (1, 1, 2)))
     call = attention._Call(q, kv, additional, None, window, 1, 0)
-    blocks = call.blocks(name)
-    known = dict(call.arguments, **call.constants(name), HAS_TABLE=True, SAVE_LSE=True)
+    if is_landmark:
+        blocks, known = attention.Blocks(landmarks.BLOCK, 16, 4, 2), landmarks.constants(head_dim, 8)
+    else:
+        blocks = call.blocks(name)
+        known = dict(call.arguments, **call.constants(name), HAS_TABLE=True, SAVE_LSE=True)
     sizes = ('H', 'W', 'E')  # whose names are short, not constants'
     constants = {n: known[n] for n in kernel.arg_names if n.isupper() and n not in sizes}
     types = dict.fromkeys(constants, 'constexpr') | dict(scale='fp32')
-    maps = ('q', 'kv', 'additional', 'table', 'out', 'grad_out', 'grad_q', 'grad_kv')
-    types |= dict.fromkeys(maps, f'*{DTYPES[dtype]}') | dict.fromkeys(('lse', 'row_sums', 'partial'), '*fp32')
+    maps = ('q', 'kv', 'additional', 'table', 'out', 'grad_out', 'grad_q', 'grad_kv', 'logits', 'grad_logits')
+    sums = ('lse', 'row_sums', 'partial') + ('out', 'grad_out') * is_landmark
+    types |= dict.fromkeys(maps, f'*{DTYPES[dtype]}') | dict.fromkeys(sums, '*fp32')
     source = ASTSource(kernel, {n: types.get(n, 'i32') for n in kernel.arg_names}, constants)
     return triton.compile(
         source, target=GPUTarget('cuda', capability, 32),
@@ -75,8 +81,10 @@ SOME = [
     ('bias_grad', torch.bfloat16, 32, 90, 7),
     ('bias_grad', torch.float32, 64, 80, 7),
     ('additional_grad', torch.float32, 80, 90, 7),
+    ('landmark', torch.bfloat16, 32, 90, 1),
 ]
 ALL = [(*case, 7) for case in itertools.product(KERNELS, DTYPES, (16, 32, 64, 80, 128), SHARED_MEMORY)]
+ALL += [(*case, 1) for case in itertools.product(LANDMARK_KERNELS, DTYPES, (32, 64, 80, 128), SHARED_MEMORY)]
 ALL += [(name, dtype, d, 90, window) for name, dtype in itertools.product(KERNELS, DTYPES)
         for window, d in ((1, 32), (2, 80), (3, 32), (4, 64), (5, 32), (8, 64), (10, 32))]
 
@@ -98,5 +106,5 @@ def test_registers(name, dtype, head_dim, capability, window, tmp_path, monkeypa
     assert found['tensor_core'] > 0
     assert found['atomic'] == 0
     assert found['shared'] <= SHARED_MEMORY[capability] * 1024
-    assert found['copies'] >= 3  # of keys, values, the bias, or what else a loop reads
-    assert found['narrow'] == 0
+    assert name == 'landmark_grad' or found['copies'] >= 3  # of keys, values, the bias, or what else a loop reads
+    assert name in LANDMARK_KERNELS or found['narrow'] == 0

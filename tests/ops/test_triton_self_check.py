@@ -16,7 +16,7 @@ pytest.importorskip('triton', reason='triton is not installed: torch brings it a
 from timm_ls.ops.triton import attention, kernels, self_check  # noqa: E402
 
 CPU = torch.device('cpu')
-CALL = (CPU, torch.float32, 5, 8, True)
+CALL = ('window attention', CPU, torch.float32, 5, 8, True)
 
 
 @pytest.fixture(autouse=True)
@@ -92,11 +92,11 @@ def wrong_gradient(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize('plant, words', [
-    (wrong_scale, 'outputs differ from those of the masked form by'),
-    (wrong_mask, 'outputs differ from those of the masked form by'),
+    (wrong_scale, 'outputs differ from those of plain operations by'),
+    (wrong_mask, 'outputs differ from those of plain operations by'),
     (launch_fails, 'they raised RuntimeError: Triton Error [CUDA]: out of resources'),
-    (not_a_number, 'outputs differ from those of the masked form by nan'),
-    (wrong_gradient, 'gradients of the bias differ from those of the masked form by'),
+    (not_a_number, 'outputs differ from those of plain operations by nan'),
+    (wrong_gradient, 'gradients of the bias differ from those of plain operations by'),
 ])
 def test_faults_are_caught(monkeypatch, plant, words):
     """Another form is taken, and one warning says what was seen."""
@@ -122,7 +122,7 @@ def test_the_kernels_pass(dtype, window, needs_grad, folder):
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='The Triton kernel')
         with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
-            assert self_check.failure(CPU, dtype, window, 8, needs_grad) is None
+            assert self_check.failure('window attention', CPU, dtype, window, 8, needs_grad) is None
         inputs = self_check.make_inputs(self_check.Case(1, 1, 2, 0, True), CPU, dtype, window, 2, 8)
         out, choice = attend([x.detach().requires_grad_(needs_grad) for x in inputs], window)
     assert choice.name == 'triton' and ('TritonAttention' in type(out.grad_fn).__name__) == needs_grad
@@ -130,7 +130,7 @@ def test_the_kernels_pass(dtype, window, needs_grad, folder):
     record = json.loads(path.read_text())
     assert record['seen'] is None
     assert record['subject']['precision'] == str(dtype).removeprefix('torch.')
-    assert record['subject']['window_size'] == window and record['subject']['backward'] == needs_grad
+    assert record['subject']['size'] == window and record['subject']['backward'] == needs_grad
 
 
 @pytest.mark.filterwarnings('ignore:The Triton kernel')
@@ -145,7 +145,7 @@ def test_record(seen, checks, monkeypatch, folder):
         assert ['outputs differ' in str(warning.message) for warning in caught] == [True] * (seen is not None)
         forget(monkeypatch)
     assert checks == [CALL]
-    self_check.failure(*CALL[:4], False)  # with and without gradients are two subjects
+    self_check.failure(*CALL[:5], False)  # with and without gradients are two subjects
     assert len(checks) == 2 and len(list(folder.iterdir())) == 2
 
 
@@ -260,7 +260,7 @@ def test_in_compiled_code(seen, checks):
     checks.seen = seen
 
     def choose(x):
-        reason = self_check.failure(x.device, x.dtype, 5, x.shape[-1], torch.is_grad_enabled())
+        reason = self_check.failure('landmarks', x.device, x.dtype, 5, x.shape[-1], torch.is_grad_enabled())
         return x + 1 if reason is None else x - 1
 
     class Choose(torch.nn.Module):
@@ -278,7 +278,7 @@ def test_during_graph_capture(checks, monkeypatch):
     """Nothing may run then: the kernel is not taken, which is not kept; a record is looked up."""
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
     monkeypatch.setattr(self_check, 'describe_device', lambda device: dict(device='a GPU'))
-    call = (torch.device('cuda', 0), *CALL[1:])
+    call = (CALL[0], torch.device('cuda', 0), *CALL[2:])
     with pytest.warns(UserWarning, match='run the model once before'):
         assert 'run the model once before' in self_check.failure(*call)
     assert checks == []

@@ -11,11 +11,18 @@ __all__ = ['gpu_family', 'override']
 OVERRIDES: Tuple[Dict[str, Any], ...] = ()
 
 
-@torch.compiler.assume_constant_result
-def override(device: torch.device, dtype: torch.dtype, window_size: int, head_dim: int) -> Optional[str]:
-    """Return the implementation to ask first for such calls, None if none was found to be faster than the usual one."""
-    if not OVERRIDES or device.type != 'cuda' or not torch.cuda.is_available():
+def override(call: Any) -> Optional[str]:
+    """Return the implementation to ask first for a `WindowCall`, None if none was found to be faster than the usual."""
+    if not OVERRIDES or call.device.type != 'cuda' or not torch.cuda.is_available():
         return None
+    if call.captured and not call.compiled:  # for another machine
+        return None
+    return look_up(call.device, call.dtype, call.window_size, call.head_dim)
+
+
+@torch.compiler.assume_constant_result
+def look_up(device: torch.device, dtype: torch.dtype, window_size: int, head_dim: int) -> Optional[str]:
+    """Return the implementation in the row for such a call, if there is one."""
     call = dict(
         gpu=gpu_family(device), dtype=str(dtype).removeprefix('torch.'), window_size=window_size, head_dim=head_dim)
     for row in OVERRIDES:

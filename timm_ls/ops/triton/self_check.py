@@ -1,9 +1,9 @@
 """Do the kernels compute what they should, on this device? Found out where they run, before they are trusted.
 
-The first time that a process would take them for a device, dtype, window and head width, `failure` runs them on a few
-small maps beside the masked form in float64, forward and, where gradients are needed, backward. What was found is kept
-on disk, for the device, the driver, torch, triton and the source of the kernels, and later processes look it up.
-Nothing is timed: what is chosen depends on nothing but that record.
+The first time that a process would take them for a device, dtype, window (or number of landmarks) and head width,
+`failure` runs them on a few small maps beside plain operations in float64, forward and, where gradients are needed,
+backward. What was found is kept on disk, for the device, the driver, torch, triton and the source of the kernels, and
+later processes look it up. Nothing is timed: what is chosen depends on nothing but that record.
 
 `TIMM_LS_SELF_CHECK=skip` trusts the kernels unseen; `always` checks once in every process, whatever the record says. A
 kernel that leaves the device itself unusable (an illegal address) is beyond what a process can check and survive.
@@ -15,15 +15,16 @@ import os
 import tempfile
 import threading
 import warnings
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from ..._compat import cuda_driver_version
 from ..masked import plain_attention
-from . import attention
+from ..merge import pool_plain
+from . import attention, landmarks
 
 __all__ = ['failure']
 
@@ -46,9 +47,10 @@ class Record(NamedTuple):
 
 @torch.compiler.assume_constant_result
 def failure(
+        kind: str,
         device: torch.device,
         dtype: torch.dtype,
-        window_size: int,
+        size: int,
         head_dim: int,
         needs_grad: bool,
 ) -> Optional[str]:
@@ -59,9 +61,10 @@ def failure(
     the answer for a constant.
 
     Args:
+        kind: Of the kernels, a name in `DIFFERENCES`.
         device: Where the tensors of the call are.
         dtype: Their type.
-        window_size: Rows and columns of a window.
+        size: Rows and columns of a window; the number of landmarks.
         head_dim: Channels of a head.
         needs_grad: Whether the call is to have a gradient.
 
@@ -73,7 +76,7 @@ def failure(
         raise ValueError(f"{SETTING}={setting!r}: expected 'skip', 'always', or that it is not set.")
     if setting == 'skip':
         return None
-    call = device, dtype, window_size, head_dim, needs_grad
+    call = kind, device, dtype, size, head_dim, needs_grad
     key = (*call, precision(dtype))
     with _lock:  # other threads wait for the answer
         if key not in _known:
@@ -81,25 +84,25 @@ def failure(
             record = None if setting == 'always' else read_record(subject)
             if record is None and device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
                 seen = 'they were not checked before this CUDA graph was captured: run the model once before'
-                return warn(seen, window_size, head_dim, dtype)
+                return warn(seen, kind, size, head_dim, dtype)
             if record is None:
                 record = run_apart(*call)
                 if record.is_final:
                     write_record(subject, record.seen)
             _known[key] = record.seen
         found = _known[key]
-        return None if found is None else warn(found, window_size, head_dim, dtype)
+        return None if found is None else warn(found, kind, size, head_dim, dtype)
 
 
-def warn(seen: str, window_size: int, head_dim: int, dtype: torch.dtype) -> str:
+def warn(seen: str, kind: str, size: int, head_dim: int, dtype: torch.dtype) -> str:
     """Say what was seen, the first time in this process, and return it."""
     global _has_warned
     if not _has_warned:
         _has_warned = True
+        what = f'windows of {size} x {size}' if kind == 'window attention' else f'{size} landmarks'
         warnings.warn(
-            f'The Triton kernels of window attention are not used, but a slower form: {seen} (windows of {window_size}'
-            f' x {window_size}, heads of {head_dim} channels, {dtype}). {SETTING}=always checks them again.',
-            stacklevel=3)
+            f'The Triton kernels of {kind} are not used, but a slower form: {seen} ({what}, heads of {head_dim}'
+            f' channels, {dtype}). {SETTING}=always checks them again.', stacklevel=3)
     return seen
 
 
@@ -113,15 +116,16 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def describe(
+        kind: str,
         device: torch.device,
         dtype: torch.dtype,
-        window_size: int,
+        size: int,
         head_dim: int,
         needs_grad: bool,
 ) -> Dict[str, Any]:
     """Return all that the result of a check may depend on."""
     return dict(
-        **describe_device(device), precision=precision(dtype), window_size=window_size, head_dim=head_dim,
+        **describe_device(device), kind=kind, precision=precision(dtype), size=size, head_dim=head_dim,
         backward=needs_grad, torch=torch.__version__, **describe_kernels())
 
 
@@ -137,7 +141,8 @@ def describe_device(device: torch.device) -> Dict[str, Any]:
 @cache
 def describe_kernels() -> Dict[str, Any]:
     """Return the version of the compiler and what the kernels are."""
-    source = ''.join(map(inspect.getsource, (attention, attention.kernels)))
+    modules = (attention, attention.kernels, landmarks, landmarks.landmark_kernels)
+    source = ''.join(map(inspect.getsource, modules))
     return dict(
         triton=attention.triton.__version__, interpreted=attention.is_interpreted(),
         kernels=hashlib.sha256(source.encode()).hexdigest())
@@ -212,54 +217,73 @@ def cases(window_size: int) -> Iterator[Case]:
     yield Case(1, 1, window_size // 2 + 1, 1, True)
 
 
-def check(
+def attention_differences(
         device: torch.device,
         dtype: torch.dtype,
         window_size: int,
         head_dim: int,
         needs_grad: bool,
-) -> Optional[str]:
-    """Compare the kernels with the masked form; return where they differ by more than rounding explains, if they do."""
-    tolerance = TOLERANCES[precision(dtype)]
-    for case, name, error in differences(device, dtype, window_size, head_dim, needs_grad):
-        if not error <= tolerance:  # NaN is not
-            return (f'{name} differ from those of the masked form by {error:.1e} of the largest, {tolerance:.0e}'
-                    f' expected, on {case.batch} maps of {case.height} x {case.width}')
-    return None
-
-
-def differences(
-        device: torch.device,
-        dtype: torch.dtype,
-        window_size: int,
-        head_dim: int,
-        needs_grad: bool,
-) -> Iterator[Tuple[Case, str, float]]:
-    """For all cases, how far outputs and gradients are from those of the masked form in float64, from the same numbers.
+) -> Iterator[Tuple[str, str, float]]:
+    """For all cases, how far outputs and gradients are from those in float64, from the same numbers.
 
     Yields:
-        The case, what differs, and by which part of the largest value.
+        The map, what differs, and by which part of the largest value.
     """
     num_heads = 2
+    names = ('queries', 'keys and values', 'additional keys and values', 'the bias')
     for case in cases(window_size):
-        inputs = make_inputs(case, device, dtype, window_size, num_heads, head_dim)
-        wide = [None if x is None else x.detach().double().requires_grad_(needs_grad) for x in inputs]
-
-        def attend(function: Any, xs: Any, case: Case = case) -> torch.Tensor:
-            q, *others = xs
+        def attend(function: Any, inputs: Any, case: Case = case) -> torch.Tensor:
+            q, *others = inputs
             return function(q[:, case.first_row:], *others, window_size, num_heads, case.first_row)
 
-        with torch.set_grad_enabled(needs_grad):
-            out, expected = attend(attention.triton_attention, inputs), attend(plain_attention, wide)
-        yield case, 'outputs', relative_error(out, expected)
-        if needs_grad:
-            weight = torch.linspace(-2, 3, out.numel(), device=device, dtype=torch.float64).sin().reshape(out.shape)
-            grads, wanted = (
-                torch.autograd.grad(y, [x for x in xs if x is not None], weight.to(y.dtype))
-                for y, xs in ((out, inputs), (expected, wide)))
-            names = ('queries', 'keys and values', 'additional keys and values', 'the bias')
-            for name, x, y in zip(names, grads, wanted):
-                yield case, f'gradients of {name}', relative_error(x, y)
+        inputs = make_inputs(case, device, dtype, window_size, num_heads, head_dim)
+        ours, exact = partial(attend, attention.triton_attention), partial(attend, plain_attention)
+        for name, error in compare(ours, exact, inputs, names, needs_grad):
+            yield f'{case.batch} maps of {case.height} x {case.width}', name, error
+
+
+def landmark_differences(
+        device: torch.device,
+        dtype: torch.dtype,
+        rank: int,
+        head_dim: int,
+        needs_grad: bool,
+) -> Iterator[Tuple[str, str, float]]:
+    """The same for landmarks: several runs of tokens, and one token."""
+    generator = torch.Generator().manual_seed(0)
+    num_heads, names = 2, ('logits', 'keys and values')
+
+    def pool(function: Any, inputs: Any) -> torch.Tensor:
+        logits, kv = inputs
+        return function(logits, kv, num_heads)
+
+    ours, exact = partial(pool, landmarks.triton_pool_tokens), partial(pool, pool_plain)
+    for batch, tokens in ((2, 200), (1, 1)):
+        shapes = (batch, tokens, num_heads * rank), (batch, tokens, 2, num_heads * head_dim)
+        inputs = [draw(shape, generator, device, dtype) for shape in shapes]
+        for name, error in compare(ours, exact, inputs, names, needs_grad):
+            yield f'{batch} maps of {tokens} tokens', name, error
+
+
+def compare(
+        function: Callable[[Sequence[Any]], torch.Tensor],
+        exact: Callable[[Sequence[Any]], torch.Tensor],
+        inputs: Sequence[Optional[torch.Tensor]],
+        names: Sequence[str],
+        needs_grad: bool,
+) -> Iterator[Tuple[str, float]]:
+    """How far a function's output and gradients are from those of an exact one in float64, by parts of the largest."""
+    wide = [None if x is None else x.detach().double().requires_grad_(needs_grad) for x in inputs]
+    with torch.set_grad_enabled(needs_grad):
+        out, expected = function(inputs), exact(wide)
+    yield 'outputs', relative_error(out, expected)
+    if needs_grad:
+        weight = torch.linspace(-2, 3, out.numel(), device=out.device, dtype=torch.float64).sin().reshape(out.shape)
+        grads, wanted = (
+            torch.autograd.grad(y, [x for x in xs if x is not None], weight.to(y.dtype))
+            for y, xs in ((out, inputs), (expected, wide)))
+        for name, x, y in zip(names, grads, wanted):
+            yield f'gradients of {name}', relative_error(x, y)
 
 
 def make_inputs(
@@ -277,10 +301,18 @@ def make_inputs(
     shapes = [
         (batch, height, width, C), (batch, height, width, 2, C), (batch, num_additional, 2, C),
         (num_heads, window_size, window_size, halo, halo)]
-    q, kv, additional_kv, bias = (
-        torch.randn(shape, generator=generator, device='cpu', dtype=torch.float32).to(device, dtype).requires_grad_()
-        for shape in shapes)
+    q, kv, additional_kv, bias = (draw(shape, generator, device, dtype) for shape in shapes)
     return q, kv, additional_kv, bias if has_bias else None
+
+
+def draw(
+        shape: Tuple[int, ...],
+        generator: torch.Generator,
+        device: torch.device,
+        dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return normal numbers, with a gradient."""
+    return torch.randn(shape, generator=generator, device='cpu', dtype=torch.float32).to(device, dtype).requires_grad_()
 
 
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -289,3 +321,23 @@ def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
         return 0.
     x, y = x.detach().double(), y.detach()
     return ((x - y).abs().max() / y.abs().max().clamp(min=1e-6)).item()
+
+
+DIFFERENCES = {'window attention': attention_differences, 'landmarks': landmark_differences}
+
+
+def check(
+        kind: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        size: int,
+        head_dim: int,
+        needs_grad: bool,
+) -> Optional[str]:
+    """Compare kernels with plain operations; return where they differ by more than rounding explains, if they do."""
+    tolerance = TOLERANCES[precision(dtype)]
+    for place, name, error in DIFFERENCES[kind](device, dtype, size, head_dim, needs_grad):
+        if not error <= tolerance:  # NaN is not
+            return (f'{name} differ from those of plain operations by {error:.1e} of the largest, {tolerance:.0e}'
+                    f' expected, on {place}')
+    return None
