@@ -25,6 +25,7 @@ __all__ = ['main']
 COMMANDS = {
     'export': 'write a model to a file for ONNX Runtime, OpenVINO or torch.export, checked in its engine',
     'benchmark': 'measure speed and memory of models, side by side',
+    'gpu_check': 'check and measure the kernels on a GPU',
     'precision': 'compare reduced precision with float64',
 }
 PICTURE_TYPES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 __all__ = [
+    'cuda_driver_version',
     'fake_mode',
     'feature_take_indices',
     'function_modes',
@@ -20,6 +21,11 @@ __all__ = [
     'softmax_backward',
     'update_model_input_size',
 ]
+
+
+def cuda_driver_version() -> int:
+    """The version of CUDA that the driver knows, as a number; no public name tells anything of the driver."""
+    return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
 
 
 def functorch_is_active() -> bool:

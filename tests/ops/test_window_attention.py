@@ -3,7 +3,7 @@
 Implementations come from the registry: a new one is tested here once it is registered. One that needs a device is
 skipped without it; `test_triton.py` runs those of Triton under its interpreter.
 """
-import os
+import dataclasses
 import random
 import threading
 
@@ -13,10 +13,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from small_models import create
+from triton_interpreter import INTERPRETED
 
 import timm_ls
 from timm_ls import LongShortAttention2d, attention_implementation, explain_attention
-from timm_ls.ops import chunks
+from timm_ls.ops import chunks, overrides
 from timm_ls.ops import masked as masked_module
 from timm_ls.ops import window_attention as registry
 from timm_ls.ops.window_attention import (
@@ -27,8 +28,7 @@ from timm_ls.ops.window_attention import (
     window_attention,
 )
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-HALF = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]  # the interpreter knows no bfloat16
+HALF = [torch.bfloat16, torch.float16]
 ALL = list(implementations().values())
 every_implementation = pytest.mark.parametrize('implementation', ALL, ids=lambda each: each.name)
 on_any_device = pytest.mark.parametrize(
@@ -265,16 +265,16 @@ def plant_in_gathered(monkeypatch):
 @every_implementation
 def test_nan_reaches_those_who_see_it(implementation):
     """A key that is not a number spoils the queries in whose halo it lies, and no other."""
-    case = (3, 8, 7, 2, 1, 4, 1, True, 0, None)
+    case = (5, 11, 12, 2, 1, 4, 1, True, 0, None)  # Triton's kernels take one such window at a time
     tensors = arguments(case, device_for(implementation))
-    for y, x in ((0, 0), (4, 3), (7, 6)):
+    for y, x in ((0, 0), (4, 3), (10, 11)):
         q, kv, additional, bias = (t.clone() for t in tensors)
         kv[1, y, x] = float('nan')
         with attention_implementation(implementation.name), torch.no_grad():
-            out = window_attention(q, kv, additional, bias, 3, 1)
-        for i in range(8):
-            for j in range(7):
-                sees = (y, x) in reference.window_keys(i, j, 8, 7, 3)
+            out = window_attention(q, kv, additional, bias, 5, 1)
+        for i in range(11):
+            for j in range(12):
+                sees = (y, x) in reference.window_keys(i, j, 11, 12, 5)
                 assert out[1, i, j].isnan().all() if sees else out[1, i, j].isfinite().all(), (y, x, i, j)
         assert out[0].isfinite().all()
 
@@ -395,12 +395,30 @@ def test_rank_decides(dummy):
     assert (len(low), len(high)) == (0, 1)
     again = dummy('high', lambda call: 'no', rank=60)
     assert taken(layer, x) == (['low'], {
-        'triton': 'it has not run on a GPU yet: only where it is asked for', 'high': 'no',
+        'triton': 'it is for CUDA devices, not for cpu', 'high': 'no',
         'tiled': "comes after 'low'", 'grouped': 'it is for graphs', 'masked': "comes after 'low'"})
     assert (len(low), len(high), len(again)) == (1, 1, 0)
     assert list(implementations()) == ['high', 'low', 'triton', 'tiled', 'grouped', 'masked']
     dummy('high', rank=-1)
     assert list(implementations())[-1] == 'high'
+
+
+@pytest.mark.parametrize('fastest, forced, expected', [
+    ('masked', 'auto', 'masked'), ('masked', 'tiled', 'tiled'), ('grouped', 'auto', 'tiled'), (None, 'auto', 'tiled')])
+def test_measured_on_a_gpu(monkeypatch, fastest, forced, expected):
+    """What was the fastest there is asked first, for such calls; what does not take them is passed over."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    row = dict(gpu='sm_90', dtype='bfloat16', window_size=7, head_dim=32, implementation=fastest)
+    monkeypatch.setattr(overrides, 'OVERRIDES', () if fastest is None else (row,))
+    monkeypatch.setattr(registry, '_implementations', [
+        each if each.name != 'triton' else dataclasses.replace(each, why_not=lambda call: 'not here') for each in ALL])
+    call = registry.WindowCall(
+        7, 3, 32, 0, 0., True, torch.device('cuda'), torch.bfloat16, True, False, False, False, False)
+    with attention_implementation(forced):
+        assert registry.choose(call).name == expected
+        for change in (dict(window_size=8), dict(head_dim=64), dict(dtype=torch.float32)):
+            assert registry.choose(dataclasses.replace(call, **change)).name == 'tiled'
 
 
 def test_forcing():

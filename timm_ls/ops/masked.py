@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .attend import attend
 from .windows import halo_width, key_index, query_index, token_index
 
-__all__ = ['masked_attention']
+__all__ = ['masked_attention', 'plain_attention']
 
 
 def masked_attention(
@@ -48,3 +48,17 @@ def masked_attention(
     out = out.transpose(1, 2).clone(memory_format=torch.contiguous_format)  # in graphs, its layout may change later
     tokens = token_index(B, num_rows, W, window_size, q.device)
     return out.reshape(-1, C).index_select(0, tokens).reshape(B, num_rows, W, C)
+
+
+def plain_attention(
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        additional_kv: torch.Tensor,
+        bias: Optional[torch.Tensor],
+        window_size: int,
+        num_heads: int,
+        first_row: int,
+) -> torch.Tensor:
+    """Return `window_attention` in plain operations; torch's fused attention has no second derivative."""
+    return masked_attention(
+        q, kv, additional_kv, bias, window_size, num_heads, first_row, dropout_p=0., fused=False)

@@ -10,9 +10,10 @@ import torch
 
 from .attend import attend_heads, attend_heads_at_once, softmax
 from .autocast import without_autocast
-from .capture import is_captured, needs_plain_operations
+from .capture import is_captured, is_compiled, needs_plain_operations
 from .chunks import chunk_bytes, equal_chunks
 from .derivatives import differentiable_gradients
+from .window_attention import TRITON_IS_INTERPRETED, forced_implementation
 
 __all__ = ['SoftmaxSum', 'attend_few', 'pool_tokens', 'query_logits', 'softmax_sum']
 
@@ -103,18 +104,42 @@ def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> t
         return pool_plain(logits, values, num_heads)
     else:
         with without_autocast(values):
+            if is_pooled_by_kernels(logits, values, num_heads):
+                from .triton.landmarks import triton_pool_tokens  # here: triton takes time to import
+                return triton_pool_tokens(logits, values, num_heads)
             if needs_plain_operations() or values.element_size() >= 4:
                 return pool_plain(logits, values, num_heads)
             return _PoolTokens.apply(logits, values, num_heads)
 
 
+def is_pooled_by_kernels(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> bool:
+    """Whether Triton's kernels compute `pool_tokens`: for keys and values, where those of attention may be chosen."""
+    device, forced = values.device, forced_implementation()
+    if device.type != 'cuda' and not TRITON_IS_INTERPRETED or is_captured() and not is_compiled():
+        return False
+    if values.shape[2] != 2 or forced not in ('auto', 'triton'):
+        return False
+    from .triton.landmarks import why_not
+    from .triton.self_check import failure
+    rank, head_dim = logits.shape[-1] // num_heads, values.shape[-1] // num_heads
+    if why_not(device, values.dtype, rank, head_dim) is not None:
+        return False
+    needs_grad = torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad)
+    return forced == 'triton' or failure('landmarks', device, values.dtype, rank, head_dim, needs_grad) is None
+
+
 def pool_plain(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return `pool_tokens` in plain operations."""
+    return pool_wide(logits, values, num_heads).to(values.dtype)
+
+
+def pool_wide(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return `pool_plain` in float32 or wider."""
     weights = softmax(logits.transpose(1, 2), dim=2)  # torch is slow along other dimensions than the last
     weights = weights.unflatten(1, (num_heads, -1))  # [B, h, m, N]
     parts = by_head(wide(values), num_heads)
     sums = torch.stack([weights @ parts[i] for i in range(values.shape[2])], dim=1)  # [B, P, h, m, d]
-    return sums.permute(0, 3, 1, 2, 4).flatten(3).to(values.dtype)
+    return sums.permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def attend_few(

@@ -13,7 +13,7 @@ from .._compat import softmax_backward
 from .chunks import chunk_bytes
 from .derivatives import differentiable_gradients
 from .indices import on_device
-from .masked import masked_attention
+from .masked import plain_attention
 from .windows import Tile, halo_width, head_plan, tile_plan, tiles
 
 __all__ = ['tiled_attention', 'tiled_operator']
@@ -141,7 +141,7 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         if torch.is_grad_enabled():  # create_graph=True: the gradients are to have gradients
             return differentiable_gradients(
-                _masked, (*ctx.saved_tensors, *ctx.sizes), ctx.needs_input_grad, grad_out)
+                plain_attention, (*ctx.saved_tensors, *ctx.sizes), ctx.needs_input_grad, grad_out)
         return _gradients(ctx, grad_out, backward)
 
 
@@ -156,20 +156,6 @@ def _gradients(ctx: Any, grad_out: torch.Tensor, function: Callable[..., Any]) -
     q, kv, additional_kv, bias = ctx.saved_tensors
     *grads, grad_bias = function(grad_out, q, kv, additional_kv, bias, *ctx.sizes)
     return (*grads, None if bias is None else grad_bias, None, None, None)
-
-
-def _masked(
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        additional_kv: torch.Tensor,
-        bias: Optional[torch.Tensor],
-        window_size: int,
-        num_heads: int,
-        first_row: int,
-) -> torch.Tensor:
-    """Return the same in plain operations; torch's fused attention has no second derivative."""
-    return masked_attention(
-        q, kv, additional_kv, bias, window_size, num_heads, first_row, dropout_p=0., fused=False)
 
 
 def backward(

@@ -3,13 +3,15 @@
 `window_attention` is the contract and the only place that chooses. Implementations of the same mathematics are
 registered with what they do not take; the first that takes a call computes it:
 
-- 'triton': a fused kernel for CUDA devices (`triton.py`); for now only where it is asked for,
+- 'triton': kernels for CUDA devices (`triton/`), where they have passed their self-check,
 - 'tiled': windows grouped by the part of their halo that lies inside the map, no masks, bounded memory (`tiled.py`),
 - 'grouped': the same groups in plain operations, for graphs of maps of a fixed size (`grouped.py`),
 - 'masked': one gather and one attention call in plain operations, for graphs and everything else (`masked.py`).
 
-What is chosen follows from the call alone: tensors, graph, device and what the user forces, never a measurement.
+What is chosen follows from the call alone: tensors, graph, device and what the user forces, never from a timing. What
+was measured on a kind of GPU is in a table (`overrides.py`): the fastest there is asked first.
 """
+import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from .capture import has_fixed_size, is_captured, is_compiled, needs_plain_operations
 from .grouped import grouped_attention
 from .masked import masked_attention
+from .overrides import override
 from .tiled import tiled_attention, tiled_operator
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     'Implementation',
     'WindowCall',
     'attention_implementation',
+    'forced_implementation',
     'implementations',
     'recorded_choices',
     'register_implementation',
@@ -104,6 +108,7 @@ class Choice(NamedTuple):
 
 FUSED_IS_OFF = "timm's fused attention is off (exportable=True, TIMM_FUSED_ATTN=0)"
 PLAIN_IS_NEEDED = 'torch.func or forward-mode derivatives need plain operations'
+TRITON_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # then its kernels run on any device
 _implementations: List[Implementation] = []
 _forced: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
 _recorded: ContextVar[Optional[List[Choice]]] = ContextVar('timm_ls_recorded_choices', default=None)
@@ -127,7 +132,7 @@ def attention_implementation(name: str) -> Iterator[None]:
     All ways give the same values and gradients up to rounding. Scripts always hold the masked one.
 
     Args:
-        name: 'tiled', 'masked', 'triton' (a kernel for CUDA devices; see `timm_ls.ops.triton` for what is known of it),
+        name: 'tiled', 'masked', 'triton' (kernels for CUDA devices: `timm_ls.ops.triton` says what is known of them),
             or 'auto', the default: the first that takes a call.
 
     Raises:
@@ -142,6 +147,11 @@ def attention_implementation(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_implementation() -> str:
+    """Return the name that `attention_implementation` forces, or 'auto'."""
+    return _forced.get()
 
 
 @contextmanager
@@ -161,10 +171,13 @@ def choose(call: WindowCall) -> Implementation:
     Raises:
         RuntimeError: The one that is forced does not take it.
     """
-    forced = _forced.get()
+    forced, recorded = _forced.get(), _recorded.get()
     why_not: Dict[str, str] = {}
     chosen: Optional[Implementation] = None
-    for each in _implementations:
+    fastest = override(call)
+    for each in sorted(_implementations, key=lambda each: each.name != fastest):
+        if chosen is not None and recorded is None:
+            break
         reason = each.why_not(call) if forced in ('auto', each.name) else f'{forced!r} is forced'
         if reason is not None:
             why_not[each.name] = reason
@@ -176,7 +189,6 @@ def choose(call: WindowCall) -> Implementation:
         raise RuntimeError(
             f'attention_implementation({forced!r}) does not take this call: {why_not[forced]}.'
             " With 'auto', one that does is chosen.")
-    recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Choice(call, chosen.name, why_not))
     return chosen
@@ -301,17 +313,27 @@ def _attend_triton(
         bias: Optional[torch.Tensor],
         call: WindowCall,
 ) -> torch.Tensor:
-    from .triton import triton_attention  # needs a package that not every platform has
+    from .triton.attention import triton_attention  # here: triton takes time to import
     return triton_attention(q, kv, additional_kv, bias, call.window_size, call.num_heads, call.first_row)
 
 
 def _triton_why_not(call: WindowCall) -> Optional[str]:
-    if _forced.get() != 'triton':
-        return 'it has not run on a GPU yet: only where it is asked for'
-    from .triton import why_not
-    return why_not(call)
+    is_forced = _forced.get() == 'triton'
+    if call.device.type != 'cuda' and not is_forced and not TRITON_IS_INTERPRETED:
+        return f'it is for CUDA devices, not for {call.device.type}'
+    from .triton.attention import why_not
+    reason = why_not(call)
+    if reason is not None or is_forced:
+        return reason
+    if call.captured and not call.compiled:
+        return 'a graph is captured, other than to compile it for this machine'
+    from .triton.self_check import failure
+    return failure('window attention', call.device, call.dtype, call.window_size, call.head_dim, call.needs_grad)
 
 
+# On CUDA without Triton, 'tiled' before 'masked': it launches less at 224 pixels, where launches are what takes time.
+# Counted for maps of 56, 28 and 14 tokens a side, in bfloat16: forward 26, 26 and 16 operators to 96, with the backward
+# pass 158, 158 and 83 to 108. On larger maps its backward pass has more, but keeps no gathered keys.
 register_implementation(Implementation('masked', _attend_masked, lambda call: None, rank=0))
 register_implementation(Implementation('grouped', _attend_grouped, _grouped_why_not, rank=5))
 register_implementation(Implementation('tiled', _attend_tiled, _tiled_why_not, rank=10))
