@@ -105,8 +105,7 @@ def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> t
     else:
         with without_autocast(values):
             if is_pooled_by_kernels(logits, values, num_heads):
-                from .triton.landmarks import triton_pool_tokens  # here: triton takes time to import
-                return triton_pool_tokens(logits, values, num_heads)
+                return pool_by_kernels(logits, values, num_heads)
             if needs_plain_operations() or values.element_size() >= 4:
                 return pool_plain(logits, values, num_heads)
             return _PoolTokens.apply(logits, values, num_heads)
@@ -126,6 +125,12 @@ def is_pooled_by_kernels(logits: torch.Tensor, values: torch.Tensor, num_heads: 
         return False
     needs_grad = torch.is_grad_enabled() and (logits.requires_grad or values.requires_grad)
     return forced == 'triton' or failure('landmarks', device, values.dtype, rank, head_dim, needs_grad) is None
+
+
+def pool_by_kernels(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return `pool_tokens` by Triton's kernels."""
+    from .triton.landmarks import triton_pool_tokens  # here: triton takes time to import
+    return triton_pool_tokens(logits, values, num_heads)
 
 
 def pool_plain(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
