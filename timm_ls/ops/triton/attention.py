@@ -4,7 +4,7 @@ Beside these, small ones: the table of the bias, and sums of partial gradients o
 In eager mode it is an autograd function. Graphs hold the operator `timm_ls::triton_window_attention` whole, at any size
 of the map.
 """
-from functools import cache
+from functools import lru_cache
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -62,7 +62,7 @@ def kernel_blocks(kernel: str, dtype: torch.dtype, head_dim: int) -> Blocks:
     return half if dtype != torch.float32 else single if head_dim <= 64 else wide_single
 
 
-@cache
+@lru_cache(maxsize=64)
 def channel_blocks(head_dim: int, least: int = 16) -> Dict[str, int]:
     """Return the width of a head as kernels take it: one or two blocks of `least` to 64 channels, a power of two."""
     first = min(64, max(least, 2 ** (head_dim.bit_length() - 1)))
