@@ -133,13 +133,14 @@ def test_full_attention(recipe):
     torch.testing.assert_close(layer(x), layer.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('recipe', ['sequence_cost'], indirect=True)
 def test_cost(recipe, capsys, monkeypatch):
     """Each measurement is of a process of its own; the exponent is the power of the length."""
     cells = [{'length': length, 'figure': 3. * length ** 1.5} for length in (10, 100, 500)]
     assert abs(recipe.exponent(cells, 'figure') - 1.5) < 1e-9
-    recipe.main(['causal', '--lengths', '1024', '2048', '--train'])
+    recipe.main(['causal', '--lengths', '4096', '8192', '--train'])
     report, = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [cell['length'] for cell in report['cells']] == [1024, 2048]
+    assert [cell['length'] for cell in report['cells']] == [4096, 8192]
     assert set(report['exponents']) == {'time', 'memory'}
     assert all(cell['cpu_seconds'] > 0 for cell in report['cells'])
