@@ -13,12 +13,12 @@ import torch
 from golden_fill import load_case
 from layers import randomise
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import timm_ls
 from timm_ls import LongShortAttention2d, adopt
+from timm_ls._compat import fake_mode
 from timm_ls.adopt import AdoptedAttention
 from timm_ls.attention import chunked
 from timm_ls.ops import chunks
@@ -142,6 +142,8 @@ def test_chunks(monkeypatch, nglo, update, grad):
     with torch.no_grad():
         assert_close({'output': ours.eval()(x, 11, 10)}, {'output': model.eval()(x, 11, 10)})
         assert runs
+        with torch.autocast('cpu', torch.bfloat16):
+            assert ours.attn(x, 11, 10).dtype == model.attn(x, 11, 10).dtype == torch.bfloat16
         with pytest.raises(ValueError, match=r'Expected tokens \[batch, . \+ 11 \* 9, C\]'):
             ours(x, 11, 9)
         runs.clear()
@@ -207,6 +209,7 @@ def test_places_and_modes():
     assert [adopted.name for adopted in adopt(model)] == ['a', 'b.0', 'c']
     assert model['a'] is model['b'][0] and type(model['a']) is AdoptedAttention
     assert model['a'].training and model['a'].dual_ln_full.training and not model['c'].training
+    assert not model['c'].dual_ln_full.training
     assert [p.requires_grad for p in model['a'].dual_ln_full.parameters()] == [False, False]
     assert adopt(model) == []  # once is enough
     copied = copy.deepcopy(model)
@@ -445,7 +448,7 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_bytes(model, mode, dtype):
     """Bytes of tensors at the peak of a pass over 128 x 128 tokens of 1280 channels, in which nothing is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_mode():
         model.load_state_dict({name: torch.empty(x.shape) for name, x in model.state_dict().items()}, assign=True)
         x = torch.empty(1, 128 * 128, 1280, requires_grad=mode != 'inference')
         model.train(mode != 'inference')
