@@ -1,5 +1,5 @@
 """Private names of torch, timm and the hub client that this package uses, each with why no public one serves."""
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import torch
 from huggingface_hub.file_download import http_get  # resumes a broken download; the public ones want a hub repository
@@ -18,6 +18,7 @@ __all__ = [
     'http_get',
     'is_fake_mode',
     'is_in_forward_mode',
+    'layer_norm_backward',
     'softmax_backward',
     'update_model_input_size',
 ]
@@ -46,6 +47,18 @@ def function_modes() -> List[Any]:
 def softmax_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """Gradient of a softmax over the last dimension; one pass, where plain operations take three."""
     return torch._softmax_backward_data(grad, output, -1, output.dtype)
+
+
+def layer_norm_backward(
+        grad_out: torch.Tensor,
+        x: torch.Tensor,
+        mean: torch.Tensor,
+        scale: torch.Tensor,
+        weight: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a layer norm's input, weight and bias, from what `torch.native_layer_norm` gave; one call."""
+    return torch.ops.aten.native_layer_norm_backward(
+        grad_out, x, weight.shape, mean, scale, weight, weight, [True, True, True])  # of the bias, only its shape
 
 
 def has_hooks(module: Any) -> bool:

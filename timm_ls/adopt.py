@@ -7,8 +7,10 @@ import torch
 import torch.nn as nn
 
 from ._compat import has_hooks
-from .attention.layers import LayerNorm
+from .attention.chunked import forward_in_chunks, runs_in_chunks
+from .attention.layers import LayerNorm, check_tokens
 from .attention.long_short import LongShortAttention
+from .ops.merge import pool_tokens
 from .ops.windows import halo_width
 
 __all__ = ['Adopted', 'AdoptedAttention', 'adopt']
@@ -59,8 +61,8 @@ def adopt(model: nn.Module) -> List[Adopted]:
     outputs, as released, or keys, as in Surya.
 
     Vision Longformer (ViL) is not adopted: its queries see their own window and the eight around it, a halo of w where
-    ours is w // 2, its keys and values have no norm, and global tokens have projections and biases of their own. No
-    choice of w, r and g gives the same sums.
+    ours is w // 2, its keys and values have no norm, which no weights of ours make the identity, and global tokens have
+    projections and biases of their own. No choice of w, r and g gives the same sums; `warm_start` takes its weights.
 
     Args:
         model: What holds the layers; before it is sharded, compiled or hooked.
@@ -167,7 +169,15 @@ class AdoptedAttention(LongShortAttention):
         num_tokens = x.shape[1] - self.num_global_tokens
         if nx is None:
             nx = int(math.sqrt(num_tokens)) if ny is None else num_tokens // ny
-        return self.attend(x, (nx, num_tokens // nx if ny is None else ny))
+        size = nx, num_tokens // nx if ny is None else ny
+        if runs_in_chunks(self, x):
+            check_tokens(x, size, self.num_global_tokens)
+            return forward_in_chunks(self, x, size)
+        return self.attend(x, size)
+
+    def landmarks(self, logits: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """Distil keys and values of the map as `LongShortAttention` does, with less memory in the backward pass."""
+        return self.norm_landmarks(pool_tokens(logits, kv, self.num_heads, in_chunks=True))
 
     def window_bias(self) -> Optional[torch.Tensor]:
         """Return the bias of the halo logits, [num_heads, w, w, w + 2p, w + 2p], looked up as theirs is."""
@@ -180,7 +190,7 @@ class AdoptedAttention(LongShortAttention):
 
 def sharing_norm(norm: nn.LayerNorm) -> LayerNorm:
     """Return our LayerNorm with the parameters of one of torch's."""
-    ours = LayerNorm(norm.normalized_shape, eps=norm.eps, keep_type=True, device='meta')
+    ours = LayerNorm(norm.normalized_shape, eps=norm.eps, keep_type=True, in_chunks=True, device='meta')
     ours.weight, ours.bias = norm.weight, norm.bias
     ours.training = norm.training
     return ours

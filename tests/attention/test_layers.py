@@ -4,14 +4,15 @@ import torch
 import torch.nn as nn
 
 from timm_ls.attention.layers import LayerNorm
+from timm_ls.ops import chunks
 
 KINDS = {'affine': {}, 'no bias': dict(bias=False), 'not affine': dict(elementwise_affine=False)}
 
 
-def build(kind, dtype, keep_type=False):
+def build(kind, dtype, **settings):
     """A norm over 12 channels, and one of torch's in float64 with the same parameters."""
     torch.manual_seed(0)
-    norm = LayerNorm(12, eps=1e-3, keep_type=keep_type, **KINDS[kind])
+    norm = LayerNorm(12, eps=1e-3, **settings, **KINDS[kind])
     for parameter in norm.parameters():
         parameter.data = torch.randn(12)
     norm = norm.to(dtype)
@@ -50,7 +51,7 @@ def test_values_and_gradients(kind, frozen, dtype):
 @pytest.mark.parametrize('given', [torch.float32, torch.bfloat16])
 def test_type_under_autocast(keep_type, given):
     """torch's, which is the input's on a CPU; that of the input too where it is to be kept, rounded once."""
-    norm, exact = build('affine', torch.float32, keep_type)
+    norm, exact = build('affine', torch.float32, keep_type=keep_type)
     x = torch.randn(2, 5, 12).to(given)
     with torch.autocast('cpu', torch.bfloat16):
         out, torchs = norm(x), nn.LayerNorm(12)(x)
@@ -69,3 +70,32 @@ def test_graphs(dtype):
         exported = torch.export.export(norm, (x,)).module()
         for graph in (torch.jit.script(norm), torch.jit.trace(norm, x), torch.fx.symbolic_trace(norm), exported):
             torch.testing.assert_close(graph(x), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('kind', ['affine', 'no bias'])
+@pytest.mark.parametrize('chunk_bytes', [1, 300, 8 * 2 ** 20])
+def test_chunks_of_a_part(monkeypatch, chunk_bytes, kind, dtype):
+    """Keys and values beside queries, a chunk at a time: values and gradients of all of them at once."""
+    monkeypatch.setattr(chunks, 'CPU_CHUNK_BYTES', chunk_bytes)
+    norm, exact = build(kind, dtype, in_chunks=True)
+    x, grad = torch.randn(2, 7, 3, 12).to(dtype).requires_grad_(), torch.randn(2, 7, 2, 12).to(dtype)
+    out = norm(x[:, :, 1:])
+    assert '_LayerNorm' in type(out.grad_fn).__name__ and out.is_contiguous()
+    out.backward(grad)
+    x_exact = x.detach().double().requires_grad_()
+    expected = exact(x_exact[:, :, 1:])
+    expected.backward(grad.double())
+    bound = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound)
+    torch.testing.assert_close(x.grad.double(), x_exact.grad, rtol=bound, atol=5 * bound)
+    for parameter, wanted in zip(norm.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), wanted.grad, rtol=bound, atol=5 * bound)
+
+
+@pytest.mark.parametrize('kind', ['affine', 'no bias'])
+def test_second_derivatives_in_chunks(kind):
+    """Of input, weight and bias."""
+    norm, _ = build(kind, torch.float64, in_chunks=True)
+    inputs = (torch.randn(2, 3, 3, 12, dtype=torch.float64).requires_grad_(), *norm.parameters())
+    assert torch.autograd.gradgradcheck(lambda x, *_: norm(x[:, :, 1:]), inputs)

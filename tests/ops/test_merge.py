@@ -4,7 +4,7 @@ A CPU that multiplies float16 in float16 loses a sum of a million numbers; torch
 input. Wherever the package sums over tokens, the result is to be as good as its type can hold.
 """
 import random
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -75,8 +75,10 @@ def test_attention_of_a_few_queries():
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize('chunk_bytes', [1, 3000, 10 ** 9])
-def test_pool_tokens(monkeypatch, dtype, chunk_bytes):
-    """Values, gradients and their gradients, in chunks of any size where the values are of half precision."""
+@pytest.mark.parametrize('in_chunks', [False, True])
+def test_pool_tokens(monkeypatch, dtype, chunk_bytes, in_chunks):
+    """Values, gradients and their gradients, in chunks of any size where asked for or the values are of half precision.
+    """
     monkeypatch.setattr(chunks, 'CPU_CHUNK_BYTES', chunk_bytes)
     logits, values = draw(2, 60, 6, dtype=dtype), draw(2, 60, 2, 8, dtype=dtype, seed=1)
     eps = max(torch.finfo(dtype).eps, 1e-12)
@@ -84,12 +86,16 @@ def test_pool_tokens(monkeypatch, dtype, chunk_bytes):
     def run(function, dtype):
         inputs = [x.to(dtype).requires_grad_() for x in (logits, values)]
         out = function(*inputs, 2)
-        grads = torch.autograd.grad((out * out.detach().cos()).sum(), inputs, create_graph=True)
-        return [out, *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)]
+        loss = (out * out.detach().cos()).sum()
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        return [out, *first, *grads, *torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)]
 
-    for actual, expected in zip(run(pool_tokens, dtype), run(pooled, torch.float64), strict=True):
+    results = run(partial(pool_tokens, in_chunks=in_chunks), dtype)
+    assert ('_PoolTokens' in results[0].grad_fn.name()) == (in_chunks or dtype.itemsize < 4)
+    for actual, expected in zip(results, run(pooled, torch.float64), strict=True):
         assert actual.dtype == dtype
-        assert_close(actual, expected, 4 * eps)
+        assert_close(actual, expected, (8 if in_chunks else 4) * eps)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])

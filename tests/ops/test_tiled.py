@@ -40,6 +40,25 @@ def test_tile_size_changes_nothing(monkeypatch, tile_bytes):
     assert len(gathered) >= 3 * 40 * window_bytes / max(tile_bytes, window_bytes)
 
 
+@pytest.mark.parametrize('with_bias', [False, True])
+@pytest.mark.parametrize(
+    'first_row, rows, joined', [(0, 9, 2), (0, 4, 2), (4, 5, 2), (8, 1, 2), (0, 6, 1), (2, 7, 1)])
+def test_small_windows_are_joined(monkeypatch, first_row, rows, joined, with_bias):
+    """Windows of 2, two by two where the rows are theirs alone, give the values and gradients of plain operations."""
+    monkeypatch.setattr(chunks, 'CPU_CHUNK_BYTES', 5000)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, rows, 11, 8), (2, 9, 11, 2, 8), (2, 3, 2, 8), (2, 2, 2, 4, 4)][:4 if with_bias else 3]
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    assert tiled.joined_windows(tensors[0], tensors[1], 2, first_row) == joined
+    results = []
+    for implementation in ('tiled', 'masked'):
+        with attention_implementation(implementation):
+            out = window_attention(*tensors, *[None] * (not with_bias), 2, 2, first_row)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), tensors)])
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+
+
 def test_gradients_of_many_tiles(monkeypatch):
     """Sums over all windows are as exact as one tile's: those of additional keys and of the bias."""
     torch.manual_seed(0)

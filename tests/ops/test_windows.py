@@ -15,17 +15,18 @@ CPU = torch.device('cpu')
 
 def test_axis_spans():
     """Spans hold each window's queries and valid keys once, in order, and are few however long the axis."""
-    for window in range(1, 10):
+    for window, joined in itertools.product(range(1, 10), (1, 2, 3)):
+        step = joined * window
         for size in range(1, 60):
-            spans = axis_spans(size, window)
+            spans = axis_spans(size, window, joined)
             assert len(spans) <= 4
             queries = []
             for span in spans:
                 for n in range(span.count):
-                    start = span.query_start + n * window
+                    start = span.query_start + n * step
                     queries += range(start, start + span.query_size)
-                    keys = range(span.key_start + n * window, span.key_start + n * window + span.key_size)
-                    valid = [k for k in range(start - window // 2, start + window + window // 2) if 0 <= k < size]
+                    keys = range(span.key_start + n * step, span.key_start + n * step + span.key_size)
+                    valid = [k for k in range(start - window // 2, start + step + window // 2) if 0 <= k < size]
                     assert list(keys) == valid
                     assert keys[0] - (start - window // 2) == span.halo_offset
             assert queries == list(range(size))
@@ -35,11 +36,12 @@ def random_tiles(seed):
     """Sizes of maps, a run of their rows, and its tiles of at most so many windows."""
     rng = random.Random(seed)
     batch, height, width, window = rng.randint(1, 4), rng.randint(1, 30), rng.randint(1, 30), rng.randint(1, 7)
-    first = rng.randrange(0, height, window)
-    rows = min(height - first, window * rng.randint(1, 9))
+    joined = 1 + seed % 3 % 2  # windows along each axis that count as one
+    first = rng.randrange(0, height, joined * window)
+    rows = min(height - first, joined * window * rng.randint(1, 9))
     most = rng.choice([1, 2, 5, 17, 1000])
     return batch, height, width, window, first, rows, most, list(
-        tiles(batch, height, width, window, first, rows, most))
+        tiles(batch, height, width, window, first, rows, most, joined))
 
 
 def test_tiles():
@@ -49,7 +51,7 @@ def test_tiles():
         seen = torch.zeros(batch, height, width)
         for tile in cut:
             seen[tile.queries] += 1
-            images, row_spans, col_spans = tile
+            images, row_spans, col_spans, _ = tile
             windows = sum(span.count for span in row_spans) * sum(span.count for span in col_spans)
             assert windows * (images.stop - images.start) <= most
         assert (seen[:, first:first + rows] == 1).all() and seen.sum() == batch * rows * width
@@ -63,12 +65,13 @@ def test_plans():
     """
     for seed in range(60):
         batch, height, width, window, first, rows, _, cut = random_tiles(seed)
-        halo, E, heads = window // 2, seed % 3, 1 + seed % 2
-        side = window + 2 * halo
+        joined, halo, E, heads = cut[0].joined, window // 2, seed % 4, 1 + seed % 2
+        step = joined * window
+        side = step + 2 * halo
         numbers = torch.arange(batch * height * width).view(batch, height, width)
         for tile in random.Random(seed).sample(cut, min(3, len(cut))):
             join_shapes = seed % 4 == 0
-            plan = on_device(tile_plan, CPU, *tile.geometry, window, E, join_shapes)
+            plan = on_device(tile_plan, CPU, *tile.geometry, window, E, join_shapes, joined)
             images = range(batch)[tile.images]
             additional = -1 - torch.arange(batch * E).view(batch, E)[tile.images]
             tokens = torch.cat([numbers[tile.keys].flatten(), additional.flatten()])
@@ -82,16 +85,18 @@ def test_plans():
                     its_keys = keys[key + w * S:key + (w + 1) * S].tolist()
                     for i, number in enumerate(its_queries):
                         image, (y, x) = number // (height * width), divmod(number % (height * width), width)
-                        seen = window_keys(y, x, height, width, window)
+                        top, left = y // step * step - halo, x // step * step - halo
+                        seen = [(a, b) for a in range(top, top + side) for b in range(left, left + side)
+                                if 0 <= a < height and 0 <= b < width]
+                        assert joined > 1 or seen == window_keys(y, x, height, width, window)
                         wanted = [-1 - (image * E + e) for e in range(E)]
                         assert its_keys == wanted + [(image * height + a) * width + b for a, b in seen]
                         assert image in images
-                        top, left = y // window * window - halo, x // window * window - halo
-                        row = (y % window * window + x % window) * side
+                        row = (y % step * step + x % step) * side
                         bias = [(row + a - top) * side + b - left for a, b in seen]
                         start = entry + (w * L if num_biases > 1 else 0) * S + i * S
                         assert plan.bias[start:start + S].tolist() == (
-                            [window ** 2 * side ** 2] * E + bias)
+                            [step ** 2 * side ** 2] * E + bias)
                 query, key, entry = query + n * L, key + n * S, entry + num_biases * L * S
             assert (query, key, entry) == (len(plan.queries), len(plan.keys), len(plan.bias))
             assert not join_shapes or len({group[1:3] for group in plan.groups}) == len(plan.groups)
@@ -100,7 +105,7 @@ def test_plans():
 
 def check_head_plan(tile, plan, num_tokens, window, E, heads, join_shapes):
     """Rows of single heads in the order of the tile's plan; bags hold each of them once, with its token's others."""
-    rows = on_device(head_plan, CPU, *tile.geometry, window, E, heads, join_shapes)
+    rows = on_device(head_plan, CPU, *tile.geometry, window, E, heads, join_shapes, tile.joined)
     query = key = 0
     halves = rows.keys.view(2, -1)
     for n, L, S, _ in plan.groups:

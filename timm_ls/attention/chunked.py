@@ -2,7 +2,8 @@
 
 Norms, projections, attention and the MLP with its hidden layer exist for one chunk at a time, queries wait in the
 memory of the result, and what all tokens add to (landmarks, global tokens) is summed up on the way. Nothing has to be
-switched on, and the result is that of the block's own `forward`.
+switched on, and the result is that of the block's own `forward`. A long-short layer that is called alone, as in models
+of other projects, is a block without norm, residual and MLP here.
 """
 from typing import Any, List, Optional, Tuple
 
@@ -15,6 +16,7 @@ from ..ops.autocast import cast_once
 from ..ops.capture import needs_plain_operations
 from ..ops.chunks import chunk_bytes, equal_chunks
 from ..ops.merge import SoftmaxSum, query_logits, softmax_sum
+from ..ops.tiled import joinable_windows
 from ..ops.window_attention import window_attention
 from .full import FullAttention, attend_grid_rows
 from .long_short import LongShortAttention
@@ -23,7 +25,7 @@ __all__ = ['forward_in_chunks', 'runs_in_chunks']
 
 
 def runs_in_chunks(block: nn.Module, x: torch.Tensor) -> bool:
-    """Return whether a block goes through tokens [B, N, C] in row chunks.
+    """Return whether a block, or a layer alone, goes through tokens [B, N, C] in row chunks.
 
     It does in inference, for more than a chunk, unless somebody wants to see all of it at once: who needs a gradient,
     captures a graph, trains, or has put hooks on one of the block's layers.
@@ -32,16 +34,19 @@ def runs_in_chunks(block: nn.Module, x: torch.Tensor) -> bool:
         return False
     if x.numel() * x.element_size() <= chunk_bytes(x.device):
         return False
-    attn = block.attn
+    attn = attention_of(block)
     if not isinstance(attn, (LongShortAttention, FullAttention)) or getattr(attn, 'kv_stride', 1) > 1:
         return False  # strided keys belong to no run of rows
     return not any(has_hooks(layer) for child in block.children() for layer in child.modules())
 
 
 def forward_in_chunks(block: Any, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Return what a block makes of tokens [B, g + H * W, C] of maps of a size (H, W), a few images at a time."""
+    """Return what a block, or a layer alone, makes of tokens [B, g + H * W, C] of maps of a size (H, W).
+
+    A few images at a time.
+    """
     images = chunk_bytes(x.device) // max(1, x[:1].numel() * x.element_size())
-    run = _long_short if isinstance(block.attn, LongShortAttention) else _full
+    run = _long_short if isinstance(attention_of(block), LongShortAttention) else _full
     groups = equal_chunks(x.shape[0], images)
     if len(groups) == 1:
         return run(block, x, size)
@@ -54,11 +59,16 @@ def forward_in_chunks(block: Any, x: torch.Tensor, size: Tuple[int, int]) -> tor
     return x if out is None else out
 
 
+def attention_of(block: Any) -> Any:
+    """Return the attention of a block; of a layer alone, itself."""
+    return block if isinstance(block, LongShortAttention) else block.attn
+
+
 def _long_short(block: Any, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Return `forward_in_chunks` of a block with long-short attention."""
-    attn: LongShortAttention = block.attn
+    """Return `forward_in_chunks` of a block with long-short attention, or of that alone."""
+    attn: LongShortAttention = attention_of(block)
     g, h, (_, W) = attn.num_global_tokens, attn.num_heads, size
-    chunks = row_chunks(x, size, attn.window_size)
+    chunks = row_chunks(x, size, attn.window_size * joinable_windows(attn.window_size, x.device))
     out = kv = x.new_empty(0)
     landmarks: Optional[SoftmaxSum] = None
     for rows in chunks:
@@ -67,7 +77,8 @@ def _long_short(block: Any, x: torch.Tensor, size: Tuple[int, int]) -> torch.Ten
         span = token_span(rows, W, g)
         if rows.start == 0:
             kv = kv_rows.new_empty(x.shape[:2] + kv_rows.shape[2:])
-            out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, q_rows.dtype))
+            dtype = q_rows.dtype if block is attn else torch.promote_types(x.dtype, q_rows.dtype)  # of x + ...
+            out = x.new_empty(x.shape, dtype=dtype)
         out[:, span], kv[:, span] = q_rows[:, inner], kv_rows[:, inner]
         if attn.rank > 0:
             logits = attn.dynamic_projection(tokens)[:, inner][:, num_global:]
@@ -160,19 +171,23 @@ def block_input(
         Normalized tokens of the rows and their neighbors; which of them are those of the rows, and of the global tokens
         with the first row; the size of this part of the map; how many global tokens there are in it.
     """
-    (H, W), g = size, block.attn.num_global_tokens
+    (H, W), g = size, attention_of(block).num_global_tokens
     outer = slice(max(0, rows.start - margin), min(H, rows.stop + margin))
     start = 0 if rows.start == 0 else g + outer.start * W
-    tokens = cast_once(block.norm1(x[:, start:g + outer.stop * W]))
+    tokens = x[:, start:g + outer.stop * W]
+    tokens = cast_once(tokens if attention_of(block) is block else block.norm1(tokens))
     span = token_span(rows, W, g)
     inner = slice(span.start - start, span.stop - start)
     return tokens, inner, (outer.stop - outer.start, W), g if rows.start == 0 else 0
 
 
 def finish(block: Any, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Return what a block adds to some tokens [B, ..., C] after attention, its MLP's hidden layer in chunks."""
-    attn = block.attn
-    x = x + attn.proj_drop(attn.proj(attended))
+    """Return what a block makes of some tokens [B, ..., C] after attention, its MLP's hidden layer in chunks."""
+    attn = attention_of(block)
+    attended = attn.proj_drop(attn.proj(attended))
+    if attn is block:
+        return attended
+    x = x + attended
     tokens = x.view(x.shape[0], -1, x.shape[-1])
     hidden_bytes = tokens[:, :1, 0].numel() * block.mlp.fc1.out_features * x.element_size()  # of a token
     for chunk in equal_chunks(tokens.shape[1], chunk_bytes(x.device) // max(1, hidden_bytes)):

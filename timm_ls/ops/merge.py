@@ -15,7 +15,7 @@ from .chunks import chunk_bytes, equal_chunks
 from .derivatives import differentiable_gradients
 from .window_attention import TRITON_IS_INTERPRETED, forced_implementation
 
-__all__ = ['SoftmaxSum', 'attend_few', 'pool_tokens', 'query_logits', 'softmax_sum']
+__all__ = ['SoftmaxSum', 'attend_few', 'pool_tokens', 'query_logits', 'softmax_sum', 'wide']
 
 
 class SoftmaxSum(NamedTuple):
@@ -89,13 +89,20 @@ def query_logits(q: torch.Tensor, keys: torch.Tensor, num_heads: int) -> torch.T
         return (keys @ (q * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(1, 2).flatten(2)
 
 
-def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:
+def pool_tokens(
+        logits: torch.Tensor,
+        values: torch.Tensor,
+        num_heads: int,
+        in_chunks: bool = False,
+) -> torch.Tensor:
     """Return means of all tokens of a map, weighted by a softmax over tokens: landmarks (eq. 4).
 
     Args:
         logits: [B, N, h * m].
         values: [B, N, P, C].
         num_heads: Heads h that share the C channels.
+        in_chunks: Take tokens a chunk at a time whatever their type, for the memory of the backward pass; those of half
+            precision always are.
 
     Returns:
         [B, m, P, C], of the type of `values`.
@@ -106,7 +113,7 @@ def pool_tokens(logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> t
         with without_autocast(values):
             if is_pooled_by_kernels(logits, values, num_heads):
                 return pool_by_kernels(logits, values, num_heads)
-            if needs_plain_operations() or values.element_size() >= 4:
+            if needs_plain_operations() or values.element_size() >= 4 and not in_chunks:
                 return pool_plain(logits, values, num_heads)
             return _PoolTokens.apply(logits, values, num_heads)
 
@@ -169,7 +176,10 @@ def attend_few(
 
 
 class _PoolTokens(torch.autograd.Function):
-    """`pool_tokens` of half-precision values, of which no float32 copy is kept: a chunk of tokens at a time."""
+    """`pool_tokens` a chunk of tokens at a time: no float32 copy of half-precision values, one gradient of all values.
+
+    Autograd would make one of keys and one of values, each filled up with zeros to the size of both.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, values: torch.Tensor, num_heads: int) -> torch.Tensor:

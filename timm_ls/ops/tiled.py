@@ -1,9 +1,12 @@
-"""Window attention tile by tile: each window with exactly the keys that lie inside the map, so that no mask exists.
+"""Window attention tile by tile: each window with exactly the keys that lie inside the map, so that none is masked.
 
 Windows are grouped by the part of their halo that lies inside the map (`windows.axis_spans`): a handful of groups,
 whatever the size of the map. The keys of a tile are gathered by one call, each group is one attention call, and a tile
 is of a bounded size. The backward pass keeps nothing but the inputs and recomputes what it needs.
+
+On a CPU, windows of 2 are attended two by two: masked is what belongs to the other three alone.
 """
+from functools import reduce
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
@@ -16,7 +19,7 @@ from .indices import on_device
 from .masked import plain_attention
 from .windows import Tile, halo_width, head_plan, tile_plan, tiles
 
-__all__ = ['tiled_attention', 'tiled_operator']
+__all__ = ['joinable_windows', 'tiled_attention', 'tiled_operator']
 
 
 def tiled_attention(
@@ -43,7 +46,7 @@ def forward(
 ) -> torch.Tensor:
     """Return `window_attention` without a gradient."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tile_bias = _TileBias(bias)
+    tile_bias = _TileBias(join_bias(bias, q, window_size, joined_windows(q, kv, window_size, first_row)))
     for tile in cut_tiles(q, kv, additional_kv, window_size, first_row):
         out_tile = attend_tile(_queries(q, tile, first_row), kv, additional_kv, tile_bias, tile, window_size, num_heads)
         if out_tile.numel() == q.numel():
@@ -61,9 +64,47 @@ def cut_tiles(
 ) -> Iterator[Tile]:
     """Cut a call's windows into tiles whose gathered keys and values take about twice `chunk_bytes`."""
     B, rows, W, C = q.shape
-    num_keys = additional_kv.shape[1] + (window_size + 2 * halo_width(window_size)) ** 2
+    joined = joined_windows(q, kv, window_size, first_row)
+    num_keys = additional_kv.shape[1] + (joined * window_size + 2 * halo_width(window_size)) ** 2
     windows = 2 * chunk_bytes(q.device) // (num_keys * 2 * C * q.element_size())
-    return tiles(B, kv.shape[1], W, window_size, first_row, rows, windows)
+    return tiles(B, kv.shape[1], W, window_size, first_row, rows, windows, joined)
+
+
+def joinable_windows(window_size: int, device: torch.device) -> int:
+    """Return how many windows along each axis are best attended as one, with keys that are not a query's own masked.
+
+    A window of 2 gathers 16 keys for 4 queries, two by two of them 36 for 16: on a CPU 1.4 to 1.9 times as fast. For
+    windows of 3 it makes no difference, and larger ones take longer, as more is masked.
+    """
+    return 2 if window_size == 2 and device.type == 'cpu' else 1
+
+
+def joined_windows(q: torch.Tensor, kv: torch.Tensor, window_size: int, first_row: int) -> int:
+    """Return how many windows along each axis are attended as one: `joinable_windows`, if the rows are whole ones."""
+    joined, rows = joinable_windows(window_size, q.device), q.shape[1]
+    step = joined * window_size
+    return joined if first_row % step == 0 and (rows % step == 0 or first_row + rows == kv.shape[1]) else 1
+
+
+def join_bias(bias: Optional[torch.Tensor], q: torch.Tensor, window_size: int, joined: int) -> Optional[torch.Tensor]:
+    """Return the bias of joined windows, [heads, side, side, side + 2p, side + 2p], minus infinity for others' keys."""
+    if joined == 1:
+        return bias
+    w, halo = window_size, window_size + 2 * halo_width(window_size)
+    if bias is None:
+        bias = q.new_zeros(1, w, w, halo, halo)
+    size = halo + (joined - 1) * w
+    joint = bias.new_full((len(bias), joined * w, joined * w, size, size), -torch.inf)
+    for part in own_bias(joint, w, halo, joined):
+        part.copy_(bias)
+    return joint
+
+
+def own_bias(joint: torch.Tensor, window_size: int, halo: int, joined: int) -> Iterator[torch.Tensor]:
+    """View the parts of a joint bias that are the bias of one of the windows."""
+    for y in range(0, joined * window_size, window_size):
+        for x in range(0, joined * window_size, window_size):
+            yield joint[:, y:y + window_size, x:x + window_size, y:y + halo, x:x + halo]
 
 
 def attend_tile(
@@ -77,7 +118,7 @@ def attend_tile(
 ) -> torch.Tensor:
     """Return the attention of a tile's queries, [images, rows, cols, C]."""
     C = q.shape[-1]
-    plan = on_device(tile_plan, q.device, *tile.geometry, window_size, additional_kv.shape[1])
+    plan = on_device(tile_plan, q.device, *tile.geometry, window_size, additional_kv.shape[1], False, tile.joined)
     queries = q.reshape(-1, C).index_select(0, plan.queries).unflatten(1, (num_heads, -1))
     keys = _tokens(kv, additional_kv, tile).index_select(0, plan.keys).unflatten(1, (2, num_heads, -1))
     bias = tile_bias.of(tile, plan)
@@ -173,8 +214,12 @@ def backward(
     What all windows add to, the last two, is summed in float32 or wider.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    tile_bias = _TileBias(bias)
-    grad_table = None if tile_bias.table is None else torch.zeros_like(tile_bias.table, dtype=wide)
+    joined = joined_windows(q, kv, window_size, first_row)
+    joint_bias = join_bias(bias, q, window_size, joined)
+    tile_bias = _TileBias(joint_bias)
+    grad_table: Optional[torch.Tensor] = None
+    if bias is not None and tile_bias.table is not None:
+        grad_table = torch.zeros_like(tile_bias.table, dtype=wide)
     grads: Optional[Tuple[torch.Tensor, ...]] = None
     for tile in cut_tiles(q, kv, additional_kv, window_size, first_row):
         tile_grads = tile_backward(
@@ -194,8 +239,11 @@ def backward(
         grad_additional[tile.images] += tile_grads[2]
     if grads is None:  # there are no images
         grads = torch.zeros_like(q), torch.zeros_like(kv), torch.zeros_like(additional_kv)
-    grad_bias = q.new_empty(0) if bias is None or grad_table is None else (
-        grad_table[:, :-1].to(bias.dtype).contiguous().view(bias.shape))
+    if bias is None or joint_bias is None or grad_table is None:
+        grad_bias = q.new_empty(0)
+    else:
+        parts = own_bias(grad_table[:, :-1].view(joint_bias.shape), window_size, bias.shape[-1], joined)
+        grad_bias = reduce(torch.add, parts).to(bias.dtype).contiguous()
     return grads[0], grads[1], grads[2].to(kv.dtype, copy=True), grad_bias  # an operator's outputs share no memory
 
 
@@ -217,15 +265,15 @@ def tile_backward(
     h, d = num_heads, q.shape[-1] // num_heads
     wide = torch.promote_types(q.dtype, torch.float32)
     E = additional_kv.shape[1]
-    plan = on_device(tile_plan, q.device, *tile.geometry, window_size, E)
-    rows = on_device(head_plan, q.device, *tile.geometry, window_size, E, num_heads)
+    plan = on_device(tile_plan, q.device, *tile.geometry, window_size, E, False, tile.joined)
+    rows = on_device(head_plan, q.device, *tile.geometry, window_size, E, num_heads, False, tile.joined)
     tokens = _tokens(kv, additional_kv, tile)
     keys, values = tokens.view(-1, d).index_select(0, rows.keys).unflatten(0, (2, -1))  # [rows, d]
     queries = q.reshape(-1, d).index_select(0, rows.queries).mul_(d ** -0.5)
     grad_outs = grad_out.reshape(-1, d).index_select(0, rows.queries)
     grad_queries, grad_keys = torch.empty_like(queries), keys.new_empty(2, *keys.shape)
     bias = tile_bias.of(tile, plan)
-    grad_bias = None if bias is None else torch.empty_like(bias, dtype=wide)
+    grad_bias = None if bias is None or grad_table is None else torch.empty_like(bias, dtype=wide)
 
     query, key, entry = 0, 0, 0
     for n, L, S, _ in plan.groups:

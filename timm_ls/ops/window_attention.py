@@ -4,7 +4,7 @@
 registered with what they do not take; the first that takes a call computes it:
 
 - 'triton': kernels for CUDA devices (`triton/`), where they have passed their self-check,
-- 'tiled': windows grouped by the part of their halo that lies inside the map, no masks, bounded memory (`tiled.py`),
+- 'tiled': windows grouped by the part of their halo that lies inside the map, bounded memory (`tiled.py`),
 - 'grouped': the same groups in plain operations, for graphs of maps of a fixed size (`grouped.py`),
 - 'masked': one gather and one attention call in plain operations, for graphs and everything else (`masked.py`).
 

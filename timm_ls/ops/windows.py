@@ -57,20 +57,22 @@ Spans = Tuple[AxisSpan, ...]  # of neighboring windows along an axis, in order
 
 
 @lru_cache(maxsize=1024)
-def axis_spans(size: int, window_size: int) -> Spans:
+def axis_spans(size: int, window_size: int, joined: int = 1) -> Spans:
     """Group the windows along an axis of `size` tokens by the part of the halo that lies inside the map.
 
     The windows in the middle share one span, so that there are at most four spans however long the axis: the
     first window, the inner ones, and up to two at the end. Within a span every key is valid: no masks.
+
+    With `joined`, so many neighboring windows count as one, whose halo is theirs together.
     """
-    p = halo_width(window_size)
+    p, step = halo_width(window_size), joined * window_size
     spans: List[AxisSpan] = []
-    for start in range(0, size, window_size):
-        key_start, key_stop = max(0, start - p), min(size, start + window_size + p)
+    for start in range(0, size, step):
+        key_start, key_stop = max(0, start - p), min(size, start + step + p)
         span = AxisSpan(
             count=1,
             query_start=start,
-            query_size=min(window_size, size - start),
+            query_size=min(step, size - start),
             key_start=key_start,
             key_size=key_stop - key_start,
             halo_offset=key_start - (start - p),
@@ -121,6 +123,7 @@ class Tile(NamedTuple):
     images: slice
     row_spans: Spans
     col_spans: Spans
+    joined: int = 1  # windows along each axis that count as one
 
     @property
     def queries(self) -> Tuple[slice, slice, slice]:
@@ -146,6 +149,7 @@ def tiles(
         first_row: int,
         num_rows: int,
         windows_per_tile: int,
+        joined: int = 1,
 ) -> Iterator[Tile]:
     """Cut the windows of some rows of maps into tiles of at most so many windows, about equal in size.
 
@@ -157,11 +161,12 @@ def tiles(
         first_row: First row of the queries, a multiple of `window_size`.
         num_rows: Rows of queries; whole windows, or up to the end of the map.
         windows_per_tile: At least 1. Whole images, else whole rows of windows, else parts of a row.
+        joined: Windows along each axis that count as one here, in all of the above.
     """
-    row_spans = _cut(
-        axis_spans(height, window_size), first_row // window_size, ceil_div(num_rows, window_size))
-    col_spans = axis_spans(width, window_size)
-    rows, cols = ceil_div(num_rows, window_size), ceil_div(width, window_size)
+    step = joined * window_size
+    rows, cols = ceil_div(num_rows, step), ceil_div(width, step)
+    row_spans = _cut(axis_spans(height, window_size, joined), first_row // step, rows)
+    col_spans = axis_spans(width, window_size, joined)
     images_at_once = _equal(batch, windows_per_tile // (rows * cols))
     rows_at_once = _equal(rows, windows_per_tile // cols)
     cols_at_once = _equal(cols, windows_per_tile)
@@ -169,7 +174,7 @@ def tiles(
         images = slice(image, min(batch, image + images_at_once))
         for row in range(0, rows, rows_at_once):
             for col in range(0, cols, cols_at_once):
-                yield Tile(images, _cut(row_spans, row, rows_at_once), _cut(col_spans, col, cols_at_once))
+                yield Tile(images, _cut(row_spans, row, rows_at_once), _cut(col_spans, col, cols_at_once), joined)
 
 
 def _equal(total: int, most: int) -> int:
@@ -204,6 +209,7 @@ def tile_plan(
         window_size: int,
         num_additional: int,
         join_shapes: bool = False,
+        joined: int = 1,
 ) -> TilePlan:
     """Make the indices of a tile of such a geometry. Each window sees its image's additional keys first.
 
@@ -215,8 +221,10 @@ def tile_plan(
         num_additional: Additional keys of an image.
         join_shapes: Make one group of all windows of the same shape, though their biases differ: fewer calls. Else a
             group is windows with the same part of the halo.
+        joined: Windows along each axis that count as one.
     """
-    halo = window_size + 2 * halo_width(window_size)
+    step = joined * window_size
+    halo = step + 2 * halo_width(window_size)
     height, width = _keys(row_spans).stop, _keys(col_spans).stop
     query_height, query_width = _queries(row_spans).stop, _queries(col_spans).stop
     image = np.arange(images)[:, None, None, None, None]
@@ -238,10 +246,10 @@ def tile_plan(
 
             place = (row.halo_offset + np.arange(row.key_size)[:, None]) * halo
             place = (place + col.halo_offset + np.arange(col.key_size)).reshape(-1)  # in the halo
-            query_place = (np.arange(row.query_size)[:, None] * window_size + np.arange(col.query_size)).reshape(-1, 1)
+            query_place = (np.arange(row.query_size)[:, None] * step + np.arange(col.query_size)).reshape(-1, 1)
             bias = np.pad(
                 query_place * halo ** 2 + place, ((0, 0), (num_additional, 0)),
-                constant_values=window_size ** 2 * halo ** 2)
+                constant_values=step ** 2 * halo ** 2)
             shape = (L, K) if join_shapes else (row, col)
             parts.setdefault(shape, []).append((query.reshape(n, L), key, bias))
 
@@ -291,9 +299,10 @@ def head_plan(
         num_additional: int,
         num_heads: int,
         join_shapes: bool = False,
+        joined: int = 1,
 ) -> HeadPlan:
     """Make the indices of `tile_plan` for rows of one head's channels."""
-    plan = tile_plan(images, row_spans, col_spans, window_size, num_additional, join_shapes)
+    plan = tile_plan(images, row_spans, col_spans, window_size, num_additional, join_shapes, joined)
     num_tokens = images * (_keys(row_spans).stop * _keys(col_spans).stop + num_additional)
     heads = np.arange(num_heads)[:, None]
     queries, keys, query, key = [], [], 0, 0
