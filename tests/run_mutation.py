@@ -37,7 +37,7 @@ IMPORTED_ONCE = ('torch', 'torch._dynamo', 'torch.export', 'torchvision', 'timm'
 # Which tests answer for which modules, the quick ones first; and how many faults are drawn from each module
 OPS, LAYERS = 'tests/ops/', 'tests/attention/test_long_short.py tests/attention/test_full.py'
 CONTRACT = OPS + 'test_window_attention.py --deselect tests/ops/test_window_attention.py::test_oracle_sweep'
-MERGE = OPS + 'test_merge.py -k "parts or few or pool_tokens or types or layer_norm"'
+MERGE = OPS + 'test_merge.py -k "parts or few or pool_tokens or kernels or types or layer_norm"'
 CHUNKED = 'tests/attention/test_chunked.py'
 GRAPHS = 'tests/test_graphs.py -k "test_script or test_symbolic_trace or test_jit_trace or test_make_fx"'
 MODELS = ('tests/test_timm_contract.py -k "test_vil_ls or test_cvt_ls"', 'tests/test_vil_ls.py tests/test_cvt_ls.py')

@@ -13,7 +13,7 @@ from small_models import create
 from timm_ls import attention_implementation
 from timm_ls.attention import LongShortAttention
 from timm_ls.attention.layers import LayerNorm
-from timm_ls.ops import chunks
+from timm_ls.ops import chunks, merge
 from timm_ls.ops.attend import attend_heads
 from timm_ls.ops.merge import attend_few, pool_tokens, query_logits, softmax_sum
 from timm_ls.ops.window_attention import window_attention
@@ -96,6 +96,25 @@ def test_pool_tokens(monkeypatch, dtype, chunk_bytes, in_chunks):
     for actual, expected in zip(results, run(pooled, torch.float64), strict=True):
         assert actual.dtype == dtype
         assert_close(actual, expected, (8 if in_chunks else 4) * eps)
+
+
+@pytest.mark.parametrize('answers', [('not here', None), (None, 'failed'), (None, None)])
+def test_kernels_are_asked_about_a_call(monkeypatch, answers):
+    """Kernels for landmarks hear device, type, rank and head width, and compute what nothing speaks against."""
+    landmarks = pytest.importorskip('timm_ls.ops.triton.landmarks')
+    self_check = pytest.importorskip('timm_ls.ops.triton.self_check')
+    asked = []
+    monkeypatch.setattr(merge, 'TRITON_IS_INTERPRETED', True)
+    monkeypatch.setattr(landmarks, 'why_not', lambda *args: asked.append(args) or answers[0])
+    monkeypatch.setattr(self_check, 'failure', lambda *args: asked.append(args) or answers[1])
+    monkeypatch.setattr(landmarks, 'triton_pool_tokens', lambda *args: 'by kernels')
+    logits, values = draw(1, 10, 6), draw(1, 10, 2, 12)
+    by_kernels = isinstance(pool_tokens(logits, values, 3), str)
+    assert by_kernels == (answers == (None, None))
+    question = (values.device, values.dtype, 2, 4)
+    assert asked == [question, ('landmarks', *question, False)][:1 if answers[0] else 2]
+    asked.clear()
+    assert isinstance(pool_tokens(logits, values[:, :, :1], 3), torch.Tensor) and asked == []
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
