@@ -23,6 +23,7 @@ class Watch:
     def __init__(self, group: dist.ProcessGroup):
         self.ranks: List[int] = dist.get_process_group_ranks(group)
         self.store = dist.PrefixStore('timm_ls/alive', default_store())
+        self.verdict: Optional[str] = None  # who was lost, as soon as somebody has found out
         if len(self.ranks) > 1:
             self.beat()
             threading.Thread(target=self.keep_beating, daemon=True).start()
@@ -35,8 +36,10 @@ class Watch:
         return cls.of_groups[group]
 
     def beat(self) -> None:
-        """Say that this rank is alive."""
+        """Say that this rank is alive, and hear who is not."""
         self.store.add(str(dist.get_rank()), 1)
+        if self.verdict is None and self.store.check(['verdict']):
+            self.verdict = self.store.get('verdict').decode()
 
     def keep_beating(self) -> None:
         """Say it until the store is gone."""
@@ -54,22 +57,24 @@ class Watch:
     def explain(self) -> Optional[str]:
         """Return what is wrong if ranks were lost, None if all are alive.
 
-        The first who finds out tells the others, who lose it in turn when it ends with an error.
+        The first who finds out tells the others, and leaves them the time to hear it: they lose it in turn when it ends
+        with its error, and perhaps the store with it.
         """
         if len(self.ranks) == 1:
             return None
         try:
             before = self.beats()
             for _ in range(3):
-                if self.store.check(['verdict']):
-                    return self.store.get('verdict').decode()
+                if self.verdict is not None:
+                    return self.verdict
                 time.sleep(PERIOD)
             lost = [rank for rank, old, new in zip(self.ranks, before, self.beats()) if old == new]
-            if not lost:
-                return None
-            names = f'Rank {lost[0]} was' if len(lost) == 1 else f'Ranks {", ".join(map(str, lost))} were'
-            verdict = f'{names} lost, of ranks {self.ranks} that share an image.'
-            self.store.set('verdict', verdict)
-            return verdict
+            if lost and self.verdict is None:
+                names = f'Rank {lost[0]} was' if len(lost) == 1 else f'Ranks {", ".join(map(str, lost))} were'
+                self.store.set('verdict', f'{names} lost, of ranks {self.ranks} that share an image.')
+                time.sleep(2 * PERIOD)
+                self.beat()
         except RuntimeError:
-            return 'The store of the process groups is lost, and with it the process that holds it: rank 0 or torchrun.'
+            if self.verdict is None:
+                return 'The store of the process groups was lost, and with it who holds it, rank 0 or torchrun.'
+        return self.verdict
