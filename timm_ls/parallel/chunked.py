@@ -93,7 +93,7 @@ def long_short(block: Any, x: torch.Tensor, size: BandSize) -> torch.Tensor:
     g, h, w, (H, W) = attn.num_global_tokens, attn.num_heads, attn.window_size, size
     halo = WindowHalo(size.cuts, bands.rank, w)
     first, last = halo.keys[bands.rank]
-    top = halo.pad + size.cuts[bands.rank] - first  # rows in memory before the band's
+    top = halo.top
     chunks = window_chunks(x, size, halo, w)
     projections = Projections(block, x, size)
     out = kv_maps = global_kv = x.new_empty(0)

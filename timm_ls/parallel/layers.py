@@ -286,6 +286,7 @@ class WindowHalo:
         above = first - self.keys[rank][0]
         self.first_row = window_size if above > 0 else 0  # windows begin at multiples of w in memory as well
         self.pad = self.first_row - above  # rows of nothing, of which no window sees any
+        self.top = self.first_row + self.before  # where the band begins in memory
 
 
 class BandLongShortAttention(LongShortAttention):
@@ -302,13 +303,14 @@ class BandLongShortAttention(LongShortAttention):
         q, kv = self.project(x, size, g)
         global_q, map_q = split_tokens(q, g)
         global_kv, map_kv = split_tokens(kv, g)
+        halo = WindowHalo(size.cuts, self.bands.rank, self.window_size)
+        kv_rows = exchange_rows(
+            map_kv.reshape(B, H, W, 2, C), self.bands, 1, spans(size.cuts), halo.keys, (halo.pad, 0))
+        map_kv = kv_rows[:, halo.top:halo.top + H].flatten(1, 2)  # a view: training keeps one of them
         additional_kv = global_kv
         if self.rank > 0:
             landmarks = self.landmarks(split_tokens(self.dynamic_projection(x), g)[1], map_kv)
             additional_kv = torch.cat([landmarks, global_kv], dim=1)  # [B, r + g, 2, C]
-        halo = WindowHalo(size.cuts, self.bands.rank, self.window_size)
-        kv_rows = exchange_rows(
-            map_kv.reshape(B, H, W, 2, C), self.bands, 1, spans(size.cuts), halo.keys, (halo.pad, 0))
         out = window_attention(
             pad_rows(map_q.reshape(B, H, W, C), halo.before, halo.after),
             kv_rows,
