@@ -108,16 +108,20 @@ def test_traffic(three):
     assert len(found) == 6
     for each in found:
         g = each['tokens']
-        convolution = [['exchange_rows', 2 * B * W * C * e]] * (each['traffic'] == 'test_cvt_ls')
+        convolution, back = [], []
+        if each['traffic'] == 'test_cvt_ls':  # with BatchNorm
+            rows_of_neighbors = ['exchange_rows', 2 * B * W * C * e]
+            convolution = [rows_of_neighbors, ['all_reduce', 4 * (3 * C + 1)], ['all_reduce', 4 * 3 * C]]
+            back = [['all_reduce', 24 * C], rows_of_neighbors]
         if each['types'] == 'full':
             gather = [['exchange_rows', (ranks - 1) * rows * B * W * 2 * C * e]]
-            assert each['inner'] == [convolution + gather, gather + convolution]
+            assert each['inner'] == [convolution + gather, gather + back]
             continue
         halo = [['exchange_rows', 2 * p * B * W * 2 * C * e]]
         landmarks = [['all_reduce', 4 * B * h * r], ['all_reduce', 4 * B * r * (h + 2 * C)]]
         tokens = [['all_reduce', 4 * B * h * g], ['all_reduce', 4 * B * g * (h + C)]] * (g > 0)
         forward = convolution + halo + landmarks + tokens
-        backward = [['all_reduce', 4 * B * g * C]] * (g > 0) + [['all_reduce', 4 * B * r * 2 * C]] + halo + convolution
+        backward = [['all_reduce', 4 * B * g * C]] * (g > 0) + [['all_reduce', 4 * B * r * 2 * C]] + halo + back
         assert each['inner'] == [forward, backward]
 
 

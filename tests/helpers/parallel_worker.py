@@ -380,7 +380,7 @@ def traffic():
         for types, tokens in (('ls', 0), ('ls', 2), ('full', 2)):
             model = perturbed(
                 name, dtype=torch.float32, attn_types=(types,) * stages, num_global_tokens=(tokens,) * stages, depths=(
-                    1,) * stages)
+                    1,) * stages).train()
             parallel.spatial_parallel(model, group)
             block = model.stages[0].blocks[0]
             size = BandSize.of(tuple(6 * i for i in range(dist.get_world_size() + 1)), rank(), 20)
