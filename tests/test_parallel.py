@@ -43,7 +43,7 @@ def of_kind(found, kind):
 def three():
     """What three processes find."""
     return reports(
-        run(3, 'drawn 300 6 float64', 'drawn 330 3 float32', 'pyramids float64', 'random_numbers', 'traffic'))
+        run(3, 'drawn 300 6 float64', 'drawn 330 3 float32', 'pyramids float64', 'maxima', 'random_numbers', 'traffic'))
 
 
 @pytest.fixture(scope='module')
@@ -91,6 +91,12 @@ def test_pyramids(three):
     assert len(found) == 5
     for each in found:
         assert max(each['errors'].values()) < 1e-10, each
+
+
+def test_maxima(three):
+    """Of equal values on several ranks, each has its share of the gradient."""
+    (found,) = of_kind(three, 'maxima')
+    assert max(found['maxima'].values()) < 1e-12
 
 
 def test_random_numbers(three):

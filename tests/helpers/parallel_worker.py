@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_ls import parallel
 from timm_ls.fpn import FeaturePyramid
 from timm_ls.ops import chunks
-from timm_ls.parallel.bands import BandSize
+from timm_ls.parallel.bands import BandSize, even_cuts
+from timm_ls.parallel.layers import band_max
 from timm_ls.pyramid_transformer import Block
 
 
@@ -319,6 +320,21 @@ def random_numbers():
             finite=float(all(g.isfinite().all() for g in gradients(model).values())))))
 
 
+def maxima():
+    """The largest of values of which many are equal, on several ranks: gradients are divided as torch does."""
+    shared = parallel.Bands(dist.group.WORLD)
+    x = (torch.arange(2 * 3 * 7 * 4, dtype=torch.float64).reshape(2, 3, 7, 4) * 7 % 5).requires_grad_()
+    weights = torch.arange(1., 7., dtype=torch.float64).reshape(2, 3)
+    (x.amax((2, 3)) * weights).sum().backward()
+    rows = slice(*even_cuts(7, shared.ranks, 1)[rank():rank() + 2])
+    band = x.detach()[:, :, rows].clone().requires_grad_()
+    largest = band_max(band, shared, (2, 3))
+    (largest * weights).sum().backward()
+    report(maxima=together(dict(
+        value=(largest - x.amax((2, 3))).abs().max().item(),
+        gradient=(band.grad / shared.ranks - x.grad[:, :, rows]).abs().max().item())))
+
+
 def message(function, kind=(ValueError, TypeError)):
     try:
         function()
@@ -413,7 +429,7 @@ def lost(victim, how):
 
 
 COMMANDS = dict(
-    drawn=drawn, pyramids=pyramids, composed=composed, random_numbers=random_numbers, refusals=refusals,
+    drawn=drawn, maxima=maxima, pyramids=pyramids, composed=composed, random_numbers=random_numbers, refusals=refusals,
     traffic=traffic, lost=lost)
 
 
