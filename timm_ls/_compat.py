@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     'cuda_driver_version',
+    'default_store',
     'fake_mode',
     'feature_take_indices',
     'function_modes',
@@ -75,3 +76,8 @@ def fake_mode() -> FakeTensorMode:
 def is_fake_mode() -> bool:
     """Whether tensors are made without values now, under `FakeTensorMode`: none of them may be kept."""
     return torch._guards.detect_fake_mode() is not None
+
+
+def default_store() -> Any:
+    """The store that the process groups were made with; no public name gives it back."""
+    return torch.distributed.distributed_c10d._get_default_store()
