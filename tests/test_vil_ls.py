@@ -277,6 +277,7 @@ def test_drop_path_drops_an_image_as_a_whole():
 
 @pytest.mark.parametrize('make, error, message', [
     (lambda: small_model()(torch.zeros(1, 3, 31, 64)), ValueError, 'at least 32 x 32 pixels, got 31 x 64'),
+    (lambda: small_model()(torch.zeros(1, 3, 64, 31)), ValueError, 'at least 32 x 32 pixels, got 64 x 31'),
     (lambda: small_model()(torch.zeros(1, 1, 64, 64)), RuntimeError, 'to have 3 channels, but got 1 channels'),
     (lambda: small_model()(torch.zeros(3, 64, 64)), ValueError, r'got \[3, 64, 64\]'),
     (lambda: small_model(num_heads=(1, 2, 5, 4)), ValueError, 'dim=96 is not divisible by num_heads=5'),

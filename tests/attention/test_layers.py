@@ -1,9 +1,11 @@
-"""The LayerNorm of half precision: values and gradients of float64, the type that was asked for."""
+"""The LayerNorm of half precision: values and gradients of float64, the type that was asked for; what is refused."""
+import re
+
 import pytest
 import torch
 import torch.nn as nn
 
-from timm_ls.attention.layers import LayerNorm
+from timm_ls.attention.layers import LayerNorm, check_tokens
 from timm_ls.ops import chunks
 
 KINDS = {'affine': {}, 'no bias': dict(bias=False), 'not affine': dict(elementwise_affine=False)}
@@ -99,3 +101,13 @@ def test_second_derivatives_in_chunks(kind):
     norm, _ = build(kind, torch.float64, in_chunks=True)
     inputs = (torch.randn(2, 3, 3, 12, dtype=torch.float64).requires_grad_(), *norm.parameters())
     assert torch.autograd.gradgradcheck(lambda x, *_: norm(x[:, :, 1:]), inputs)
+
+
+def test_wrong_number_of_tokens():
+    """The message says what was expected, in the order of the arguments."""
+    expected = re.escape(
+        'Expected tokens [batch, 1 + 4 * 6, C]: global tokens (num_global_tokens), then a map of 4 rows and 6 columns;'
+        ' got [2, 24, 8].')
+    with pytest.raises(ValueError, match=expected):
+        check_tokens(torch.zeros(2, 24, 8), (4, 6), 1)
+    check_tokens(torch.zeros(2, 25, 8), (4, 6), 1)
