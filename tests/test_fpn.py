@@ -220,8 +220,8 @@ CVT_OF_TWO = dict(
 
 
 @pytest.mark.parametrize('name, kwargs', [
-    ('vil_ls_tiny', dict(VIL_OF_TWO, attn_types=('ls', 'full'))),
-    ('cvt_ls_13', CVT_OF_TWO)], ids=['ls-full', 'cvt'])
+    pytest.param('vil_ls_tiny', dict(VIL_OF_TWO, attn_types=('ls', 'full')), id='ls-full', marks=pytest.mark.slow),
+    pytest.param('cvt_ls_13', CVT_OF_TWO, id='cvt')])
 def test_onnx(name, kwargs, tmp_path):
     """Backbone and FPN as one graph for images of any batch and size. Two stages: captured sooner than four."""
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')

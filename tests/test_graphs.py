@@ -261,8 +261,11 @@ def test_limit_of_dim_is_that_of_torch(strict):
     assert_same(program, model, [(32, 32), (64, 96)])
 
 
-@pytest.mark.parametrize('name, kwargs', SHORT_MODELS + ALIVE)
-@pytest.mark.parametrize('dynamo', [True, False])
+@pytest.mark.parametrize('dynamo, name, kwargs', [
+    pytest.param(
+        dynamo, *model.values, id=f'{dynamo}-{model.id}',
+        marks=[*model.marks, *[pytest.mark.slow] * (dynamo and model in ALIVE)])  # half a minute each
+    for dynamo in (True, False) for model in SHORT_MODELS + ALIVE])
 def test_onnx(name, kwargs, dynamo, tmp_path):
     """Both exporters: right at other batches and rectangles than the one captured."""
     pytest.importorskip('onnxscript', reason='onnxscript is not installed')
