@@ -8,7 +8,8 @@ from paths import ROOT
 
 nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pip install 'timm-ls[notebooks]'")
 
-NOTEBOOKS = ['attention_maps', 'detection', 'finetune', 'high_resolution', 'quickstart', 'segmentation']
+NOTEBOOKS = [
+    'attention_maps', 'detection', 'finetune', 'high_resolution', 'long_sequences', 'quickstart', 'segmentation']
 # what a model of ours has to reach on held-out images, at least
 FIGURES = {'detection': {'box mAP@0.5': .6, 'mask mAP@0.5': .5}, 'segmentation': {'mIoU': .7}}
 
@@ -95,6 +96,16 @@ def test_high_resolution_keeps_what_it_claims():
     assert vit['time_exponent'] > ours['time_exponent'] + .3
 
 
+def test_long_sequences_keeps_what_it_claims():
+    """Linear where full attention is quadratic; models that learned; token by token the same as at once."""
+    report = figures(read('long_sequences'))
+    assert report['steps'] == 300 and report['generation_difference'] < 1e-5
+    assert max(report['exponents'][name] for name in ('long-short', 'causal')) < 1.2 < 1.6 < report['exponents']['full']
+    assert min(report['listops'].values()) > .25
+    assert set(report['bits_per_character']) == {'long-short', 'window', 'full'}
+    assert max(report['bits_per_character'].values()) < 4
+
+
 @pytest.mark.parametrize('name', FIGURES)
 def test_detector_and_segmenter_keep_what_they_claim(name):
     """Good from scratch, beside a ResNet-18 that saw the same images, in twenty minutes of one core's time."""
@@ -144,3 +155,10 @@ def test_high_resolution_runs(execute):
     assert len(results) == 3
     for result in results.values():
         assert result['sides'] == [224, 256] and min(result['seconds']) > 0 and result['peak_mb'] == [None, None]
+
+
+def test_long_sequences_runs(execute):
+    """With two training steps: every cell, the same kinds of figures."""
+    report = figures(execute('long_sequences', NOTEBOOK_STEPS='2'))
+    assert report['steps'] == 2 and report['generation_difference'] < 1e-5
+    assert set(report['listops']) == {'long-short', 'full'} and len(report['bits_per_character']) == 3

@@ -144,3 +144,6 @@ def test_cost(recipe, capsys, monkeypatch):
     assert [cell['length'] for cell in report['cells']] == [4096, 8192]
     assert set(report['exponents']) == {'time', 'memory'}
     assert all(cell['cpu_seconds'] > 0 for cell in report['cells'])
+    with pytest.raises(SystemExit):
+        recipe.main(['causal', '--lengths', '128', '256'])
+    assert 'expected lengths above 256, that of the first pass' in capsys.readouterr().err

@@ -70,6 +70,7 @@ class CausalFullAttention(FullAttention):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+WARM_UP = 256  # tokens of a first pass, which is not measured
 LAYERS = {
     'long-short': lambda: LongShortAttention1d(256, 8, window_size=64, rank=16),
     'causal': lambda: CausalLongShortAttention1d(256, 8, window_size=64, segment_size=16, rank=1, max_segments=64),
@@ -97,7 +98,7 @@ def measure(name: str, length: int, train: bool) -> Dict[str, float]:
                 (out if isinstance(out, torch.Tensor) else out[0]).sum().backward()
         return time.process_time() - start
 
-    run(256)  # whatever is set up once
+    run(WARM_UP)  # whatever is set up once
     before = peak_mib()
     seconds = [run(length)]
     peak = peak_mib() - before
@@ -130,6 +131,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('--train', action='store_true', help='forward and backward')
     parser.add_argument('--one', type=int, metavar='LENGTH', help='measure in this process')
     args = parser.parse_args(arguments)
+    if min(args.lengths) <= WARM_UP:  # whose memory would be no more than what is held already
+        parser.error(f'--lengths {args.lengths}: expected lengths above {WARM_UP}, that of the first pass.')
     if args.one:
         print(json.dumps(measure(args.layers[0], args.one, args.train)))
         return
