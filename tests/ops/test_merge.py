@@ -108,10 +108,10 @@ def test_kernels_are_asked_about_a_call(monkeypatch, answers):
     monkeypatch.setattr(landmarks, 'why_not', lambda *args: asked.append(args) or answers[0])
     monkeypatch.setattr(self_check, 'failure', lambda *args: asked.append(args) or answers[1])
     monkeypatch.setattr(landmarks, 'triton_pool_tokens', lambda *args: 'by kernels')
-    logits, values = draw(1, 10, 6), draw(1, 10, 2, 12)
+    logits, values = draw(1, 10, 9), draw(1, 10, 2, 12)
     by_kernels = isinstance(pool_tokens(logits, values, 3), str)
     assert by_kernels == (answers == (None, None))
-    question = (values.device, values.dtype, 2, 4)
+    question = (values.device, values.dtype, 3, 4)
     assert asked == [question, ('landmarks', *question, False)][:1 if answers[0] else 2]
     asked.clear()
     assert isinstance(pool_tokens(logits, values[:, :, :1], 3), torch.Tensor) and asked == []
