@@ -4,6 +4,8 @@ The oracle is a dense layer written from the equations, and Surya itself where i
 `pip install --no-deps terratorch-surya einops`.
 """
 import copy
+import importlib
+import json
 import warnings
 import weakref
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from golden_fill import load_case
 from layers import randomise
+from paths import RECIPES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -471,3 +474,14 @@ def test_memory(mode, dtype):
     actual, wanted = (peak_bytes(model, mode, dtype) for model in (ours, theirs))
     print(f'{actual >> 20} MiB, theirs {wanted >> 20}: {actual / wanted:.2f}')
     assert actual <= .5 * wanted
+
+
+@pytest.mark.slow
+def test_cost(monkeypatch, capsys):
+    """The recipe that measures both: the same outputs, a time and two peaks."""
+    surya()
+    monkeypatch.syspath_prepend(str(RECIPES))
+    report = importlib.import_module('adopt_cost').main(['--tokens', '16384', '--turns', '1'])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+    assert report['difference'] < 2e-5 and report['times_faster'] > 0
+    assert 0 < report['peak_mib']['ours'] < report['peak_mib']['theirs']
