@@ -43,7 +43,7 @@ def of_kind(found, kind):
 def three():
     """What three processes find."""
     return reports(
-        run(3, 'drawn 300 6 float64', 'drawn 330 3 float32', 'pyramids float64', 'maxima', 'random_numbers', 'traffic'))
+        run(3, 'drawn 300 4 float64', 'drawn 330 2 float32', 'pyramids float64', 'maxima', 'random_numbers', 'traffic'))
 
 
 @pytest.fixture(scope='module')

@@ -311,6 +311,7 @@ def test_it_learns(tmp_path, pictures, recipe):
     assert logged(tmp_path / 'out', 'lr')[-1] < 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_learn(tmp_path, pictures):
     """By torchrun, half of each batch in either: as many images in as many steps, and losses fall."""
     output = tmp_path / 'out'
