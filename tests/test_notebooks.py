@@ -9,7 +9,8 @@ from paths import ROOT
 nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pip install 'timm-ls[notebooks]'")
 
 NOTEBOOKS = [
-    'attention_maps', 'detection', 'finetune', 'high_resolution', 'long_sequences', 'quickstart', 'segmentation']
+    'attention_maps', 'detection', 'finetune', 'high_resolution', 'long_sequences', 'pretraining', 'quickstart',
+    'segmentation']
 # what a model of ours has to reach on held-out images, at least
 FIGURES = {'detection': {'box mAP@0.5': .6, 'mask mAP@0.5': .5}, 'segmentation': {'mIoU': .7}}
 
@@ -106,6 +107,16 @@ def test_long_sequences_keeps_what_it_claims():
     assert max(report['bits_per_character'].values()) < 4
 
 
+def test_pretraining_keeps_what_it_claims():
+    """Three seeds; weights learned without labels are worth more than random ones, by neighbors and fine-tuned."""
+    report = figures(read('pretraining'))
+    assert report['epochs'] == 12 and report['seeds'] == 3
+    for results in (report['neighbors'], report['few_labels']):
+        assert all(len(values) == 3 for values in results.values())
+        means = {kind: sum(values) / 3 for kind, values in results.items()}
+        assert min(means['views and regions'], means['views alone']) > means['random weights'] + .05
+
+
 @pytest.mark.parametrize('name', FIGURES)
 def test_detector_and_segmenter_keep_what_they_claim(name):
     """Good from scratch, beside a ResNet-18 that saw the same images, in twenty minutes of one core's time."""
@@ -157,8 +168,18 @@ def test_high_resolution_runs(execute):
         assert result['sides'] == [224, 256] and min(result['seconds']) > 0 and result['peak_mb'] == [None, None]
 
 
+@pytest.mark.slow
 def test_long_sequences_runs(execute):
     """With two training steps: every cell, the same kinds of figures."""
     report = figures(execute('long_sequences', NOTEBOOK_STEPS='2'))
     assert report['steps'] == 2 and report['generation_difference'] < 1e-5
     assert set(report['listops']) == {'long-short', 'full'} and len(report['bits_per_character']) == 3
+
+
+@pytest.mark.slow
+def test_pretraining_runs(execute):
+    """With one epoch and one seed: every cell, the same kinds of figures."""
+    report = figures(execute('pretraining', NOTEBOOK_STEPS='1'))
+    assert report['epochs'] == report['seeds'] == 1
+    assert set(report['neighbors']) == set(report['few_labels']) == {
+        'random weights', 'views and regions', 'views alone'}

@@ -70,7 +70,7 @@ def check_cases(found, expected):
 def test_drawn_cases(two, three):
     """Both families, settings at random, sizes that nothing divides, bands of any rows."""
     check_cases(two, 4)
-    check_cases(three, 9)
+    check_cases(three, 6)
     drawn = [each['case'] for each in of_kind(two + three, 'case')]
     assert {case['family'] for case in drawn} == {'test_vil_ls', 'test_cvt_ls'}
     assert {case['cuts'] is None for case in drawn} == {case['training'] for case in drawn} == {False, True}
