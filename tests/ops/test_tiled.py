@@ -59,6 +59,19 @@ def test_small_windows_are_joined(monkeypatch, first_row, rows, joined, with_bia
         torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
 
 
+def test_nan_stays_in_joined_windows():
+    """A key that is not a number spoils the joined windows in whose halo it lies, and no other."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 9, 12, 8), (1, 9, 12, 2, 8), (1, 3, 2, 8)
+    q, kv, additional = (torch.randn(shape, generator=generator) for shape in shapes)
+    kv[0, 3, 6] = float('nan')
+    with attention_implementation('tiled'), torch.no_grad():
+        out = window_attention(q, kv, additional, None, 2, 2)
+    spoiled = torch.zeros(9, 12, dtype=torch.bool)
+    spoiled[0:8, 4:8] = True  # row 3 is the edge of windows 0 to 3 and in the halo of 4 to 7; column 6 lies in 4 to 7
+    assert torch.equal(out[0].isnan().all(-1), spoiled) and torch.equal(out[0].isnan().any(-1), spoiled)
+
+
 def test_gradients_of_many_tiles(monkeypatch):
     """Sums over all windows are as exact as one tile's: those of additional keys and of the bias."""
     torch.manual_seed(0)

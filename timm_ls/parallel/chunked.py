@@ -6,7 +6,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from ..attention.chunked import finish, row_chunks
+from ..attention.chunked import finish, row_chunks, token_span
 from ..attention.long_short import LongShortAttention
 from ..ops.autocast import cast_once
 from ..ops.chunks import chunk_bytes, equal_chunks
@@ -81,12 +81,6 @@ class Projections:
         return Projected(rows, cut(tokens), tuple(cut(part) for part in parts))
 
 
-def span(rows: slice, width: int, num_global_tokens: int) -> slice:
-    """Return where rows of a band lie in the sequence; global tokens go with the first ones."""
-    start = num_global_tokens + rows.start * width if rows.start > 0 else 0
-    return slice(start, num_global_tokens + rows.stop * width)
-
-
 def long_short(block: Any, x: torch.Tensor, size: BandSize) -> torch.Tensor:
     """Return `forward_band_in_chunks` of a block with long-short attention."""
     attn, bands = block.attn, block.bands
@@ -105,7 +99,7 @@ def long_short(block: Any, x: torch.Tensor, size: BandSize) -> torch.Tensor:
             kv_maps = kv_rows.new_zeros(x.shape[0], halo.pad + last - first, W, *kv_rows.shape[2:])
             global_kv = kv_rows[:, :g].clone()
         num_global = g if rows.start == 0 else 0
-        out[:, span(rows, W, g)] = q_rows
+        out[:, token_span(rows, W, g)] = q_rows
         kv_maps[:, top + rows.start:top + rows.stop] = kv_rows[:, num_global:].unflatten(1, (-1, W))
         if attn.rank > 0:
             logits = attn.dynamic_projection(tokens)[:, num_global:]
@@ -168,7 +162,7 @@ def full(block: Any, x: torch.Tensor, size: BandSize) -> torch.Tensor:
             kv_maps = k_rows.new_empty(x.shape[0], H, W, 2, x.shape[2])
             global_kv = torch.stack([k_rows[:, :g], v_rows[:, :g]], dim=2)
         num_global = g if rows.start == 0 else 0
-        out[:, span(rows, W, g)] = q_rows
+        out[:, token_span(rows, W, g)] = q_rows
         for i, part in enumerate((k_rows, v_rows)):
             kv_maps[:, rows, :, i] = part[:, num_global:].unflatten(1, (-1, W))
     whole = ((0, size.cuts[-1]),) * bands.ranks
@@ -176,7 +170,7 @@ def full(block: Any, x: torch.Tensor, size: BandSize) -> torch.Tensor:
     k, v = (kv if g == 0 else torch.cat([global_kv, kv], dim=1)).unbind(2)
     bias, size_of_all = attn.biases((size.cuts[-1], W)), (size.cuts[-1], W)
     for rows in chunks:
-        place = span(rows, W, g)
+        place = token_span(rows, W, g)
         queries = out[:, place].to(k.dtype)
         attended = attend_rows(
             attn, queries, k, v, bias, size_of_all, size.cuts[bands.rank] + rows.start, g if rows.start == 0 else 0)

@@ -106,7 +106,7 @@ class BandSubsample(LastLevelMaxPool):
 
 
 class BandBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose batch is that of all ranks."""
+    """BatchNorm whose batch is that of all ranks; torch's `SyncBatchNorm` takes no tensors on a CPU."""
 
     bands: Bands
 
