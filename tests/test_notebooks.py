@@ -139,14 +139,14 @@ def test_detector_and_segmenter_run(execute, name):
 def test_quickstart_runs(execute):
     """The shipped weights know the held-out digits."""
     text = printed(execute('quickstart'))
-    assert float(re.search(r'([\d.]+)% of 450 held-out digits are told right', text)[1]) >= 99
+    assert float(re.search(r'([\d.]+)% of 450 held-out digits are classified correctly', text)[1]) >= 99
     assert 'stride 4 [1, 64, 84, 63], stride 16 [1, 384, 21, 16]' in text
 
 
 def test_attention_maps_runs(execute):
     """Both models know the digit; a model with random weights has even landmarks."""
     text = printed(execute('attention_maps'))
-    assert all(re.search(rf'{name}: a 2, \d+% sure; it is a 2', text) for name in ('test_cvt_ls', 'test_vil_ls'))
+    assert all(re.search(rf'{name}: predicted 2 \(\d+%\), true 2', text) for name in ('test_cvt_ls', 'test_vil_ls'))
     assert int(re.search(r'a landmark is spread over (\d+)% to', text)[1]) >= 80
 
 
