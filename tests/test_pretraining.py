@@ -689,7 +689,7 @@ def test_configurations_run(tmp_path, train_script, processes, kind, name):
         batch += ['--aug-repeats', 0]
     start = []
     if kind == 'warm_start':
-        torch.save(timm.create_model(name).state_dict(), tmp_path / 'start.pth')
+        torch.save(timm.create_model(name, num_classes=2).state_dict(), tmp_path / 'start.pth')
         start = ['--initial-checkpoint', tmp_path / 'start.pth']
     losses = losses_of(
         processes, train_script, '--config', CONFIGS / kind / f'{name}.yaml', '--data-dir', images, *start,

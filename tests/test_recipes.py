@@ -246,7 +246,7 @@ def train_script(tmp_path, pictures):
 
     def train(*arguments, killed_in=None):
         if killed_in:
-            return run_killed(killed_in, script, *common, *arguments)
+            return run_killed(killed_in, script, '--device-modules', 'timm_ls', *common, *arguments)
         command = [sys.executable, '-m', 'timm_ls', 'run', script, *common, *arguments]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment())
         assert result.returncode == 0, result.stderr[-3000:]

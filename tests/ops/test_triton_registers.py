@@ -28,7 +28,7 @@ def compile_kernel(name, dtype, head_dim, capability, window):
     q, kv, additional = (torch.empty(*shape, head_dim, dtype=dtype) for shape in ((1, 1, 1), (1, 1, 1, 2), (1, 1, 2)))
     call = attention._Call(q, kv, additional, None, window, 1, 0)
     if is_landmark:
-        blocks, known = attention.Blocks(landmarks.BLOCK, 16, 4, 2), landmarks.constants(head_dim, 8)
+        blocks, known = attention.Blocks(landmarks.block_size(head_dim), 16, 4, 2), landmarks.constants(head_dim, 8)
     else:
         blocks = call.blocks(name)
         known = dict(call.arguments, **call.constants(name), HAS_TABLE=True, SAVE_LSE=True)
@@ -106,5 +106,6 @@ def test_registers(name, dtype, head_dim, capability, window, tmp_path, monkeypa
     assert found['tensor_core'] > 0
     assert found['atomic'] == 0
     assert found['shared'] <= SHARED_MEMORY[capability] * 1024
-    assert name == 'landmark_grad' or found['copies'] >= 3  # of keys, values, the bias, or what else a loop reads
+    reads_ahead = name != 'landmark_grad' and not (name == 'key_grad' and window == 1 and capability == 90)
+    assert found['copies'] >= 3 or not reads_ahead  # of keys, values, the bias, or what else a loop reads
     assert name in LANDMARK_KERNELS or found['narrow'] == 0

@@ -12,7 +12,7 @@ from timm.layers import use_fused_attn
 
 from ..ops.attend import attend_heads
 from ..ops.autocast import cast_once
-from ..ops.blocks import first_tokens, gather_windows, in_chunks, num_blocks, skew
+from ..ops.blocks import first_tokens, gather_windows, in_chunks, join_blocks, num_blocks, skew, split_blocks
 from ..ops.capture import ceil_div, is_captured
 from ..ops.merge import pool_tokens, query_logits
 from .layers import LayerNorm, check_global_tokens, check_heads
@@ -74,18 +74,16 @@ class SequenceAttention(nn.Module):
         """Attend from blocks of queries, each to keys of its own.
 
         Args:
-            q: Queries of n blocks, [B, n * L, C], not yet scaled.
-            kv: Keys and values, [B, n, S, 2, C].
-            bias: Added to the scaled logits, [B, n, h or 1, L, S].
+            q: Queries, [blocks, L, C], not yet scaled.
+            kv: Keys and values, [blocks, S, 2, C].
+            bias: Added to the scaled logits, [blocks, h or 1, L, S].
 
         Returns:
-            [B, n * L, C].
+            [blocks, L, C].
         """
-        B, L = q.shape[0], bias.shape[3]
-        q, (k, v) = q.unflatten(1, (-1, L)).flatten(0, 1), kv.flatten(0, 1).unbind(2)
+        k, v = kv.unbind(2)
         dropout_p = self.attn_drop.p if self.training else 0.
-        out = attend_heads(q, k, v, bias.flatten(0, 1), self.num_heads, dropout_p, self.fused_attn)
-        return out.flatten(0, 1).unflatten(0, (B, -1))
+        return attend_heads(q, k, v, bias, self.num_heads, dropout_p, self.fused_attn)
 
 
 class LongShortAttention1d(SequenceAttention):
@@ -221,11 +219,12 @@ class LongShortAttention1d(SequenceAttention):
         near = (first <= token) & (token < first + w + 2 * halo)  # [b, K]
 
         def attend_blocks(n: int, q: torch.Tensor, kv: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            kv = torch.cat([additional_kv[:, None].expand(-1, n, -1, -1, -1), gather_windows(kv, K, b, n)], dim=2)
-            seen = F.pad(gather_windows(mask, K, b, n)[:, :, None] & near, (E, 0), value=True)  # [B, n, b, E + K]
-            seen = seen | ~seen.any(dim=3, keepdim=True)  # a query without a key does not count, but must not be NaN
+            additional = additional_kv[:, None].expand(-1, n, -1, -1, -1).flatten(0, 1)
+            kv = torch.cat([additional, gather_windows(kv, K, b, n)], dim=1)  # [B * n, E + K, 2, C]
+            seen = F.pad(gather_windows(mask, K, b, n)[:, None] & near, (E, 0), value=True)  # [B * n, b, E + K]
+            seen = seen | ~seen.any(dim=2, keepdim=True)  # a query without a key does not count, but must not be NaN
             bias = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, float('-inf'))
-            return self.attend(q, kv, bias[:, :, None])
+            return join_blocks(self.attend(split_blocks(q, b), kv, bias[:, None]), B)
 
         block_bytes = B * (E + K) * (2 * self.dim + self.num_heads * b) * q.element_size()
         return in_chunks(
@@ -403,10 +402,10 @@ class CausalLongShortAttention1d(SequenceAttention):
         window, landmarks, segment, window_terms, landmark_terms = cache
         q, kv = self.project(x)
         window = torch.cat([window, self.norm_kv(kv)], dim=1)
-        kv = torch.cat([landmarks, window], dim=1)[:, None]
-        valid = torch.ones(kv.shape[:3], device=x.device, dtype=torch.bool)
+        kv = torch.cat([landmarks, window], dim=1)
+        valid = torch.ones(kv.shape[:2], device=x.device, dtype=torch.bool)
         near = window_terms[self.window_size - window.shape[1]:]
-        bias = self.position_logits(q, window[:, None], near, landmark_terms, 1, valid)
+        bias = self.position_logits(q, window, near, landmark_terms, 1, valid)
         out = self.proj_drop(self.proj(self.attend(q, kv, bias)))
 
         segment = torch.cat([segment, x], dim=1)
@@ -491,12 +490,13 @@ class CausalLongShortAttention1d(SequenceAttention):
                 landmarks: torch.Tensor,
                 segment_mask: torch.Tensor,
         ) -> torch.Tensor:
-            window = gather_windows(window, K, b, n)  # [B, n, K, 2, C]
-            landmarks = gather_windows(landmarks, T, s, n).flatten(2, 3)  # [B, n, T * r, 2, C]
-            segment_mask = gather_windows(segment_mask, T, s, n)[..., None].expand(-1, -1, -1, r).flatten(2)
-            valid = torch.cat([segment_mask, gather_windows(window_mask, K, b, n)], dim=2)
+            q = split_blocks(q, b)  # [B * n, b, C]
+            window = gather_windows(window, K, b, n)  # [B * n, K, 2, C]
+            landmarks = gather_windows(landmarks, T, s, n).flatten(1, 2)  # [B * n, T * r, 2, C]
+            segment_mask = gather_windows(segment_mask, T, s, n)[..., None].expand(-1, -1, r).flatten(1)
+            valid = torch.cat([segment_mask, gather_windows(window_mask, K, b, n)], dim=1)
             bias = self.position_logits(q, window, window_terms, landmark_terms, s, valid)
-            return self.attend(q, torch.cat([landmarks, window], dim=2), bias)
+            return join_blocks(self.attend(q, torch.cat([landmarks, window], dim=1), bias), B)
 
         block_bytes = 4 * B * b * self.num_heads * (T * r + K) * q.element_size()
         out = in_chunks(
@@ -516,25 +516,25 @@ class CausalLongShortAttention1d(SequenceAttention):
         """Return all terms of the logits but the product of query and key.
 
         Args:
-            q: Queries of n blocks, [B, n * L, C], not yet scaled.
-            window: Keys and values of the tokens that they see, [B, n, w - 1 + L, 2, C].
+            q: Queries, [blocks, L, C], not yet scaled.
+            window: Keys and values of the tokens that they see, [blocks, w - 1 + L, 2, C].
             window_terms: See `window_terms`, [w, h, d].
             landmark_terms: See `landmark_terms`, [S * r, h, d].
             segments: Segments s of a block, which share its queries evenly.
-            valid: True where there are landmarks and tokens, [B, n, (S + s - 1) * r + w - 1 + L].
+            valid: True where there are landmarks and tokens, [blocks, (S + s - 1) * r + w - 1 + L].
 
         Returns:
-            [B, n, h, L, (S + s - 1) * r + w - 1 + L], landmarks first. Query i sees w tokens from the i-th on, and S
+            [blocks, h, L, (S + s - 1) * r + w - 1 + L], landmarks first. Query i sees w tokens from the i-th on, and S
             segments from its own segment's number in the block on; minus infinity elsewhere.
         """
-        heads, L = (self.num_heads, self.head_dim), window.shape[2] - window_terms.shape[0] + 1
-        scaled = (q * self.head_dim ** -0.5).unflatten(2, heads).unflatten(1, (-1, L))  # [B, n, L, h, d]
-        near = skew(torch.einsum('bnlhd,whd->bnhlw', scaled + self.position_bias, window_terms), 1)
-        far = torch.einsum('bnlhd,jhd->bnhlj', scaled, landmark_terms).unflatten(3, (segments, -1))
-        far = skew(far.transpose(3, 4), self.rank).transpose(3, 4).flatten(3, 4)
-        content = torch.einsum('bnkhd,hd->bnhk', window[:, :, :, 0].unflatten(3, heads), self.content_bias)
-        content = F.pad(content, (far.shape[4], 0)).masked_fill(~valid[:, :, None], float('-inf'))
-        return (torch.cat([far, near], dim=4) + content[:, :, :, None]).to(q.dtype)
+        heads = (self.num_heads, self.head_dim)
+        scaled = (q * self.head_dim ** -0.5).unflatten(2, heads)  # [blocks, L, h, d]
+        near = skew(torch.einsum('blhd,whd->bhlw', scaled + self.position_bias, window_terms), 1)
+        far = torch.einsum('blhd,jhd->bhlj', scaled, landmark_terms).unflatten(2, (segments, -1))
+        far = skew(far.transpose(2, 3), self.rank).transpose(2, 3).flatten(2, 3)
+        content = torch.einsum('bkhd,hd->bhk', window[:, :, 0].unflatten(2, heads), self.content_bias)
+        content = F.pad(content, (far.shape[3], 0)).masked_fill(~valid[:, None], float('-inf'))
+        return (torch.cat([far, near], dim=3) + content[:, :, None]).to(q.dtype)
 
     def window_terms(self, x: torch.Tensor) -> torch.Tensor:
         """Project the distances of a window's tokens, w - 1 to 0, to [w, h, d], in the type and place of `x`."""

@@ -12,7 +12,7 @@ from timm.models import checkpoint
 from .capture import ceil_div, is_captured, is_compiled, needs_plain_operations
 from .chunks import chunk_bytes, equal_chunks
 
-__all__ = ['first_tokens', 'gather_windows', 'in_chunks', 'num_blocks', 'skew']
+__all__ = ['first_tokens', 'gather_windows', 'in_chunks', 'join_blocks', 'num_blocks', 'skew', 'split_blocks']
 
 
 def num_blocks(length: int, size: int) -> int:
@@ -25,9 +25,19 @@ def num_blocks(length: int, size: int) -> int:
 
 
 def gather_windows(x: torch.Tensor, size: int, step: int, count: int) -> torch.Tensor:
-    """Gather `count` windows along dimension 1 that start every `step`: [B, N, ...] to [B, count, size, ...]."""
+    """Gather `count` windows along dimension 1 that start every `step`: [B, N, ...] to [B * count, size, ...]."""
     index = torch.arange(count, device=x.device)[:, None] * step + torch.arange(size, device=x.device)
-    return x.index_select(1, index.flatten()).unflatten(1, (count, size))
+    return split_blocks(x.index_select(1, index.flatten()), size)
+
+
+def split_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Split dimension 1 into blocks: [B, n * size, ...] to [B * n, size, ...]."""
+    return x.flatten(0, 1).unflatten(0, (-1, size))
+
+
+def join_blocks(x: torch.Tensor, batch: int) -> torch.Tensor:
+    """Join blocks again: [B * n, size, ...] to [B, n * size, ...]."""
+    return x.flatten(0, 1).unflatten(0, (batch, -1))
 
 
 def first_tokens(x: torch.Tensor, count: int) -> torch.Tensor:

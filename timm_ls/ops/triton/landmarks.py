@@ -19,7 +19,6 @@ __all__ = ['triton_pool_tokens', 'why_not']
 
 MAX_RANK = 64
 PROGRAMS = 512  # to split an image's tokens over, on any device: results depend on sizes only
-BLOCK = 64  # tokens at a time
 
 
 def why_not(device: torch.device, dtype: torch.dtype, rank: int, head_dim: int) -> Optional[str]:
@@ -67,11 +66,16 @@ def _launch(
                      enable_fp_fusion=True)
 
 
+def block_size(head_dim: int) -> int:
+    """Return how many tokens a program takes at a time; twice as many spill registers (`test_triton_registers.py`)."""
+    return 32 if head_dim <= 64 else 16
+
+
 def constants(head_dim: int, rank: int) -> Dict[str, int]:
     """Return the sizes of the kernels' blocks."""
     # as for additional keys, of which there are as few
     return dict(
-        attention.channel_blocks(head_dim, least=32), RANK=rank, BLOCK_Q=BLOCK,
+        attention.channel_blocks(head_dim, least=32), RANK=rank, BLOCK_Q=block_size(head_dim),
         BLOCK_K=max(16, 2 ** (rank - 1).bit_length()))
 
 
@@ -80,7 +84,8 @@ def _forward(logits: torch.Tensor, kv: torch.Tensor, num_heads: int) -> Tuple[to
     out, lse = _empty_outputs(logits, kv, num_heads)
     if out.numel() > 0:
         B, tokens = kv.shape[:2]
-        run = BLOCK * ceil_div(tokens, BLOCK * max(1, PROGRAMS // (B * num_heads)))
+        block = block_size(kv.shape[-1] // num_heads)
+        run = block * ceil_div(tokens, block * max(1, PROGRAMS // (B * num_heads)))
         splits = ceil_div(tokens, run)
         partial, partial_lse = out.new_empty(B, splits, *out.shape[1:]), lse.new_empty(B, splits, *lse.shape[1:])
         _launch('landmark_kernel', (B * splits, num_heads), logits, kv, num_heads,
@@ -102,7 +107,7 @@ def _backward(
     grad_logits, grad_kv = _empty_grads(grad_out, logits, kv, out, lse, num_heads)
     if out.numel() == 0:
         return grad_logits.zero_(), grad_kv.zero_()
-    blocks = kv.shape[0] * ceil_div(kv.shape[1], BLOCK)
+    blocks = kv.shape[0] * ceil_div(kv.shape[1], block_size(kv.shape[-1] // num_heads))
     _launch('landmark_grad_kernel', (blocks, num_heads), logits, kv, num_heads,
             out=out, lse=lse, grad_out=grad_out.contiguous(), grad_logits=grad_logits, grad_kv=grad_kv)
     return grad_logits, grad_kv
