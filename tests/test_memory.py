@@ -34,8 +34,8 @@ def grow(name: str, count: int, onednn: bool) -> list:
     """Resident bytes of this process at rest: after one forward pass, then after every tenth of `count` image sizes.
 
     oneDNN, which torch's matrix products and convolutions call, keeps the kernels that it has made for up to 1,024
-    shapes: what it remembers is left out with `onednn=False`. So are the indices of the last sizes, which are kept for a
-    limited number of them (`test_caches_are_bounded`).
+    shapes: what it remembers is left out with `onednn=False`. So are the indices of the last sizes, which are kept for
+    a limited number of them (`test_caches_are_bounded`).
     """
     rng = random.Random(0)
     sizes = set()
