@@ -12,7 +12,7 @@ from paths import ROOT
 from PIL import Image
 
 import timm_ls.__main__
-from timm_ls.__main__ import COMMANDS, main, principal_colors, timm_ls_models
+from timm_ls.__main__ import COMMANDS, draw, main, principal_colors, timm_ls_models
 from timm_ls.cli import open_image
 
 
@@ -176,6 +176,24 @@ def test_principal_colors():
     assert colours.shape == (4, 6, 3)
     assert (colours[:, :3, 0] - colours[:, 3:, 0]).abs().min() > .999
     assert principal_colors(torch.randn(5, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize('size', [(64, 96), (96, 96), (32, 128)])
+@pytest.mark.parametrize('photos', [1, 2])
+def test_titles_do_not_touch(tmp_path, monkeypatch, size, photos):
+    """At least 4 pixels between the title and those of the panels, and between those of neighbours."""
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    levels = [torch.rand(48, size[0] // stride, size[1] // stride) for stride in (4, 8, 16, 32)]
+    row = ('a photo with a name that is longer than its panel is wide.jpeg', torch.rand(3, *size), levels)
+    draw([row] * photos, 'vil_ls_tiny', [4, 8, 16, 32], False, str(tmp_path / 'pyramid.png'))
+    title = figures[0].get_suptitle()
+    heading, = (text for text in figures[0].texts if text.get_text() == title)
+    panels = [axis.title.get_window_extent() for axis in figures[0].axes]
+    assert heading.get_window_extent().y0 - max(panel.y1 for panel in panels) >= 4
+    for left, right in zip(panels[:5], panels[1:5]):
+        assert right.x0 - left.x1 >= 4
 
 
 def test_readme_table_is_what_the_command_prints(monkeypatch, capsys):

@@ -182,15 +182,18 @@ def draw(rows: list, name: str, reductions: List[int], has_weights: bool, out: s
     matplotlib = import_matplotlib()
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 1 + len(reductions)
     height, width = rows[0][1].shape[1:]
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2.9 * columns, .7 + 2.9 * height / width * len(rows)),
-        squeeze=False, layout='constrained')
+        len(rows), columns, figsize=(2.9 * columns, .4 + (.6 + 2.9 * height / width) * len(rows)),
+        squeeze=False, layout=ConstrainedLayoutEngine(h_pad=.1))  # inches between the titles
     for axis_row, (path, picture, levels) in zip(axes, rows):
         axis_row[0].imshow(picture.permute(1, 2, 0))
-        axis_row[0].set_title(f'{Path(path).name}\n{picture.shape[2]} × {picture.shape[1]} pixels', fontsize=11)
+        file = Path(path).name
+        file = file if len(file) <= 30 else f'{file[:14]}…{file[-14:]}'  # as wide as the panel
+        axis_row[0].set_title(f'{file}\n{picture.shape[2]} × {picture.shape[1]} pixels', fontsize=11)
         for axis, level, reduction in zip(axis_row[1:], levels, reductions):
             axis.imshow(principal_colors(level), interpolation='nearest', extent=(0, width, height, 0))
             C, H, W = level.shape
