@@ -12,7 +12,8 @@ from paths import ROOT
 from PIL import Image
 
 import timm_ls.__main__
-from timm_ls.__main__ import main, open_image, principal_colors, timm_ls_models
+from timm_ls.__main__ import COMMANDS, draw, main, principal_colors, timm_ls_models
+from timm_ls.cli import open_image
 
 
 def test_sample_photo(tmp_path, monkeypatch, capsys):
@@ -54,7 +55,7 @@ def test_sixteen_bits(tmp_path):
     """A photo of 16 bits is scaled to 8, not cut off."""
     grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     Image.fromarray(grey).save(tmp_path / 'grey.png')
-    _, picture = open_image(str(tmp_path / 'grey.png'))
+    picture = open_image(str(tmp_path / 'grey.png'))
     np.testing.assert_array_equal(np.asarray(picture), np.broadcast_to((grey // 256)[..., None], (256, 256, 3)))
 
 
@@ -70,9 +71,12 @@ def test_photo_is_shown_as_the_model_sees_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['nothing.jpg'], 'Could not read nothing.jpg as an image'),
+    ([__file__], 'Could not read .*test_cli.py as an image'),
+    (['--checkpoint', __file__, '--model', 'vil_ls_tiny'], r'Could not read .*test_cli.py \(.* Cause: \w[^\n]*$'),
+    (['--checkpoint', 'x.pth', '--model', 'resnet18'], 'Expected a model of timm_ls to load x.pth into, got ResNet'),
     (['--checkpoint', 'nothing.pth', '--model', 'vil_ls_tiny'], 'No checkpoint file at nothing.pth'),
-    (['--model', 'vil_ls_tiny', '--img-size', '16'], 'at least 32 x 32 pixels, got 16 x 16'),
+    (['--model', 'vil_ls_tiny', '--img-size', '31'], 'at least 32 x 32 pixels, got 31 x 31'),
+    (['--model', 'vit_tiny_patch16_224', '--img-size', '64'], r'224 at 64 x 64 pixels: Input height \(64\)'),
     (['--model', 'vil_ls_tiny', '--pretrained'], 'No pretrained weights exist for vil_ls_tiny'),
     (['run'], 'Usage: python -m timm_ls run SCRIPT.py'),
     (['run', 'nothing.py'], 'got nothing.py'),
@@ -88,14 +92,67 @@ def test_errors_are_one_line(arguments, message):
     (['--img-size', '1', '2', '3'], r'got \[1, 2, 3\]'),
     (['--img-size', '0'], r'in pixels, got \[0\]'),
     (['--device', 'nonsense'], "--device: 'nonsense' is not available here"),
+    (['--device', 'meta'], "--device: 'meta' is not available here"),
+    (['nothing.jpg'], "'nothing.jpg' is neither a photo, .* nor a command: .*models, .*export"),
+    (['.'], "'.' is neither a photo"),
+    ([''], "'' is neither a photo"),
+    (['models', 'foo'], 'python -m timm_ls models: error: unrecognized arguments: foo'),
+    (['gpu_check', '--device', 'cpu', '--minutes', '0'], '--minutes takes a positive number, got 0.0'),
+    (['gpu_check', '--device', 'cpu', '--out', __file__], "--out: no folder can be made at '.*test_cli.py'"),
+    (['gpu_check', '--device', 'cpu', '--reference', 'nowhere'], "no models/msvit.py in 'nowhere'"),
     (['--out', 'no/such/x.png'], "--out: no folder to write 'no/such/x.png' to"),
     (['--out', 'x.foo'], "ends with .png, .* got 'x.foo'"),
 ])
 def test_usage_errors(arguments, message, capsys):
     """Wrong arguments: usage and the reason."""
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         main(arguments)
+    assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_help_names_every_command(capsys):
+    """Each on a line of its own, and each has a --help."""
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    printed = capsys.readouterr().out
+    for command in COMMANDS:
+        assert re.search(rf'^  {command} +\w', printed, re.MULTILINE)
+        with pytest.raises(SystemExit):
+            main([command, '--help'])
+
+
+@pytest.mark.parametrize('arguments', [
+    ['--out', 'taken.png'], ['export', 'test_vil_ls', 'taken.onnx'], ['benchmark', '--plot', 'taken.png'],
+    ['benchmark', '--json', 'taken.json'], ['precision', '--json', 'taken.json']])
+def test_folder_in_the_way(arguments, tmp_path, monkeypatch, capsys):
+    """A folder of the name of the file to write is an error before the work, and nothing is put into it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / arguments[-1]).mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert f"'{arguments[-1]}' is a folder: expected the name of a file" in capsys.readouterr().err
+
+
+def test_without_matplotlib(monkeypatch, tmp_path, capsys):
+    """What to install, before any work."""
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    Image.new('RGB', (32, 32)).save(tmp_path / 'photo.png')
+    with pytest.raises(SystemExit, match=r"pip install 'timm-ls\[demo\]'"):
+        main([str(tmp_path / 'photo.png'), '--model', 'vil_ls_tiny', '--img-size', '32'])
+    assert capsys.readouterr().out == ''
+
+
+def test_interrupted(monkeypatch):
+    """Ctrl-C ends a command without a traceback."""
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timm_ls.__main__, 'show_pyramid', interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 130
 
 
 def test_run_a_script(tmp_path):
@@ -119,6 +176,24 @@ def test_principal_colors():
     assert colours.shape == (4, 6, 3)
     assert (colours[:, :3, 0] - colours[:, 3:, 0]).abs().min() > .999
     assert principal_colors(torch.randn(5, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize('size', [(64, 96), (96, 96), (32, 128)])
+@pytest.mark.parametrize('photos', [1, 2])
+def test_titles_do_not_touch(tmp_path, monkeypatch, size, photos):
+    """At least 4 pixels between the title and those of the panels, and between those of neighbours."""
+    import matplotlib.pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    levels = [torch.rand(48, size[0] // stride, size[1] // stride) for stride in (4, 8, 16, 32)]
+    row = ('a photo with a name that is longer than its panel is wide.jpeg', torch.rand(3, *size), levels)
+    draw([row] * photos, 'vil_ls_tiny', [4, 8, 16, 32], False, str(tmp_path / 'pyramid.png'))
+    title = figures[0].get_suptitle()
+    heading, = (text for text in figures[0].texts if text.get_text() == title)
+    panels = [axis.title.get_window_extent() for axis in figures[0].axes]
+    assert heading.get_window_extent().y0 - max(panel.y1 for panel in panels) >= 4
+    for left, right in zip(panels[:5], panels[1:5]):
+        assert right.x0 - left.x1 >= 4
 
 
 def test_readme_table_is_what_the_command_prints(monkeypatch, capsys):

@@ -112,6 +112,7 @@ def test_check_sees_what_is_wrong(tmp_path):
     (['test_vil_ls', 'nowhere/model.onnx'], 'no folder to write'),
     (['test_vil_ls', 'model.onnx', '--img-size', '16'], 'from 32 pixels'),
     (['test_vil_ls', 'model.onnx', '--img-size', 'any'], 'or "dynamic"'),
+    (['test_vil_ls', 'model.onnx', '--img-size', '²'], 'or "dynamic"'),
     (['test_vil_ls', 'model.pt2', '--precision', 'int8', '--calibration', '.'], 'pt2 takes f32 or f16'),
     (['test_vil_ls', 'model.onnx', '--precision', 'int8'], 'needs --calibration DIR'),
 ])
@@ -124,4 +125,11 @@ def test_errors_come_before_the_work(tmp_path, monkeypatch, capsys, arguments, m
 
 def test_empty_folder(tmp_path):
     with pytest.raises(SystemExit, match='No images in'):
+        main(['export', 'test_vil_ls', str(tmp_path / 'm.onnx'), '--precision', 'int8', '--calibration', str(tmp_path)])
+
+
+def test_damaged_image(tmp_path):
+    """The one of a folder that cannot be read is named."""
+    (tmp_path / 'damaged.png').write_text('no image')
+    with pytest.raises(SystemExit, match='Could not read .*damaged.png as an image'):
         main(['export', 'test_vil_ls', str(tmp_path / 'm.onnx'), '--precision', 'int8', '--calibration', str(tmp_path)])

@@ -118,7 +118,8 @@ def test_landmarks_are_one_hot():
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['vil_ls_huge'], 'unknown model'),
+    (['vil_ls_huge'], "'vil_ls_huge' is no model of ours"),
+    (['resnet18'], "'resnet18' is no model of ours"),
     (['--img-size', '16'], 'from 32 pixels'),
     (['--device', 'nonsense'], 'not available here'),
 ])

@@ -160,6 +160,42 @@ def test_folders_that_do_not_fit_are_refused(tmp_path, pictures, recipe):
         opened(pictures)
 
 
+@pytest.mark.parametrize('arguments, message', [
+    (['--model', 'vil_ls_huge'], "--model: unknown model 'vil_ls_huge'"),
+    (['--img-size', '31'], "--img-size: expected a whole number from 32 on, got '31'"),
+    (['--epochs', '0'], "--epochs: expected a whole number from 1 on, got '0'"),
+    (['--batch-size', '-1'], '--batch-size: expected a whole number from 1 on'),
+    (['--save-steps', 'some'], "--save-steps: expected a whole number from 1 on, got 'some'"),
+])
+@pytest.mark.parametrize('recipe', ['finetune'], indirect=True)
+def test_arguments_that_do_not_fit_are_refused(recipe, arguments, message, capsys):
+    """Before any image is read."""
+    with pytest.raises(SystemExit) as stop:
+        recipe.parser('').parse_args(['--data-dir', '.', *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--pretrained-path', 'nothing.pth'], 'No weights to start from: No checkpoint file at nothing.pth'),
+    ([], 'No weights to start from: No pretrained weights exist for vil_ls_tiny'),
+])
+@pytest.mark.parametrize('recipe', ['finetune'], indirect=True)
+def test_missing_weights(pictures, recipe, arguments, message):
+    """A line that says so."""
+    args = recipe.parser('').parse_args(['--data-dir', str(pictures), '--model', 'vil_ls_tiny', *arguments])
+    with pytest.raises(SystemExit, match=message):
+        recipe.make_model(args, *recipe.open_images(args))
+
+
+@pytest.mark.parametrize('recipe', ['fsdp', 'large_image'], indirect=True)
+def test_started_without_torchrun(recipe, monkeypatch, capsys):
+    """What to start it with."""
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(SystemExit) as stop:
+        recipe.main(['--data-dir', '.'])
+    assert stop.value.code == 2 and 'start this with torchrun' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('recipe', ['hf_trainer', 'fsdp'], indirect=True)
 def test_incomplete_checkpoints_are_passed_over(tmp_path, pictures, recipe):
     """What was cut short while it was written is not resumed from."""

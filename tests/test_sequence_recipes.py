@@ -133,6 +133,21 @@ def test_full_attention(recipe):
     torch.testing.assert_close(layer(x), layer.proj((logits.softmax(-1) @ v).transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.parametrize('recipe, arguments, message', [
+    ('charlm', ['--length', '0'], "--length: expected a whole number from 1 on, got '0'"),
+    ('charlm', ['--held-out', '100000000'], '--held-out 100000000: expected more than --length 1024, and as much'),
+    ('charlm', ['--held-out', '1024'], '--held-out 1024: expected more than --length 1024'),
+    ('charlm', ['--cost-at', '100000000'], '--cost-at 100000000: expected fewer than the'),
+    ('listops', ['--min-length', '3000'], '--max-length 2000: expected 2 more than --min-length 3000'),
+    ('listops', ['--train-examples', '0'], '--train-examples: expected a whole number from 1 on'),
+], indirect=['recipe'])
+def test_arguments_that_do_not_fit_are_refused(recipe, arguments, message, capsys):
+    """Before anything is drawn or trained; without end, two of them would be."""
+    with pytest.raises(SystemExit) as stop:
+        recipe.run(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('recipe', ['sequence_cost'], indirect=True)
 def test_cost(recipe, capsys, monkeypatch):

@@ -10,38 +10,41 @@ import runpy
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence
 
 import timm
 import torch
-from PIL import Image
 
-from .cli import available_device, import_matplotlib, output_file, synchronize
+from .cli import available_device, import_matplotlib, load_model, open_image, picture_file, synchronize
 from .complexity import count_macs, count_parameters
-from .pretrained.checkpoint import load_checkpoint
 
 __all__ = ['main']
 
 COMMANDS = {
+    'models': 'list the models',
+    'run': 'run a script with the models registered: run SCRIPT.py [ARGS ...]',
     'export': 'write a model to a file for ONNX Runtime, OpenVINO or torch.export, checked in its engine',
     'benchmark': 'measure speed and memory of models, side by side',
     'gpu_check': 'check and measure the kernels on a GPU',
     'precision': 'compare reduced precision with float64',
 }
-PICTURE_TYPES = ('.png', '.jpg', '.jpeg', '.webp', '.pdf', '.svg')
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command line; `argv` defaults to that of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv == ['models']:
-        list_models()
-    elif argv[:1] == ['run']:
+    if argv[:1] == ['run']:
         run_script(argv[1:])
-    elif argv and argv[0] in COMMANDS:
-        importlib.import_module(f'timm_ls.{argv[0]}').main(argv[1:])
-    else:
-        show_pyramid(argv)
+        return
+    try:
+        if argv[:1] == ['models']:
+            list_models(argv[1:])
+        elif argv and argv[0] in COMMANDS:
+            importlib.import_module(f'timm_ls.{argv[0]}').main(argv[1:])
+        else:
+            show_pyramid(argv)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells report it
 
 
 def run_script(argv: List[str]) -> None:
@@ -55,8 +58,10 @@ def run_script(argv: List[str]) -> None:
     runpy.run_path(argv[0], run_name='__main__')
 
 
-def list_models() -> None:
+def list_models(argv: Sequence[str]) -> None:
     """Print a table of all models: parameters, multiply-adds at native size, window."""
+    argparse.ArgumentParser(
+        prog='python -m timm_ls models', description='List the models, as a table in Markdown.').parse_args(argv)
     print('| model | parameters | GMACs | at | window | attention |')
     print('|---|---|---|---|---|---|')
     for name in timm_ls_models():
@@ -79,9 +84,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         prog='python -m timm_ls',
         description='Run a model on photos: top-5 classes, the feature pyramid as a table and as a picture.',
         epilog='\n'.join(['commands, each with a --help of its own (python -m timm_ls COMMAND --help):', *(
-            f'  {name:10} {what}' for name, what in {
-                'models': 'list the models', 'run': 'run a script with the models registered: run SCRIPT.py [ARGS ...]',
-                **COMMANDS}.items())]),
+            f'  {name:10} {what}' for name, what in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='*', metavar='IMAGE', help='photos (default: a sample photo)')
     parser.add_argument('--model', default='vil_ls_medium', help='model name (default: %(default)s)')
@@ -91,36 +94,32 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--checkpoint', metavar='FILE', help="weights: the authors' .pth, our own, or safetensors")
     parser.add_argument('--pretrained', action='store_true', help='load the published weights of the model')
     parser.add_argument(
-        '--out', default='pyramid.png', type=output_file, metavar='PICTURE',
+        '--out', default='pyramid.png', type=picture_file, metavar='PICTURE',
         help='picture to write (default: %(default)s)')
     args = parser.parse_args(argv)
+    for path in args.images:
+        if not Path(path).is_file():
+            parser.error(f'{path!r} is neither a photo, there is no such file, nor a command: {", ".join(COMMANDS)}')
     if not timm.is_model(args.model.split('.')[0]):
         parser.error(f'unknown model {args.model!r}; ours: {", ".join(timm_ls_models())}')
     if args.img_size is not None and (len(args.img_size) > 2 or min(args.img_size) < 1):
         parser.error(f'--img-size takes a side or a height and a width in pixels, got {args.img_size}')
-    if Path(args.out).suffix.lower() not in PICTURE_TYPES:
-        parser.error(f'--out takes a name that ends with {", ".join(PICTURE_TYPES)}, got {args.out!r}')
+    import_matplotlib()
     return args
 
 
 def show_pyramid(argv: Sequence[str]) -> None:
     """Classify images, print each level of the pyramid, and draw it."""
     args = parse_arguments(argv)
-    images = [open_image(path) for path in args.images or [sample_photo()]]
+    images = [(path, open_image(path)) for path in args.images or [sample_photo()]]
     device = torch.device(args.device)
-    try:
-        model: Any = timm.create_model(args.model, pretrained=args.pretrained)
-        if args.checkpoint:
-            load_checkpoint(model, args.checkpoint)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(str(error)) from error
-    model = model.to(device).eval()
+    model = load_model(args.model, args.pretrained, args.checkpoint).to(device)
     has_weights = bool(args.checkpoint or args.pretrained)
 
     config = timm.data.resolve_data_config(model=model)
     if args.img_size is not None:
         height, width = args.img_size[0], args.img_size[-1]
-        config.update(input_size=(model.in_chans, height, width), crop_pct=1.)
+        config.update(input_size=(config['input_size'][0], height, width), crop_pct=1.)
     transform = timm.data.create_transform(**config)
 
     rows = []
@@ -129,8 +128,8 @@ def show_pyramid(argv: Sequence[str]) -> None:
         with torch.inference_mode():
             try:
                 model(x)  # first runs allocate and choose kernels
-            except ValueError as error:
-                raise SystemExit(str(error)) from error
+            except (ValueError, AssertionError, RuntimeError) as error:  # each of timm's families raises its own
+                raise SystemExit(f'{args.model} at {x.shape[2]} x {x.shape[3]} pixels: {error}') from error
             synchronize(device)
             start = time.perf_counter()
             features, levels = model.forward_intermediates(x)
@@ -146,17 +145,6 @@ def show_pyramid(argv: Sequence[str]) -> None:
         rows.append((path, (x[0].cpu() * std + mean).clamp(0, 1), [level[0].float().cpu() for level in levels]))
     draw(rows, args.model, [info['reduction'] for info in model.feature_info], has_weights, args.out)
     print(f'Pyramid drawn to {args.out}')
-
-
-def open_image(path: str) -> Tuple[str, Image.Image]:
-    """The path and the image as RGB; exits with a message if it is none."""
-    try:
-        picture: Image.Image = Image.open(path)
-        if picture.mode.startswith('I'):  # 16 bits, which the conversion would cut off, not scale
-            picture = picture.point(lambda value: value / 256).convert('L')
-        return path, picture.convert('RGB')
-    except OSError as error:
-        raise SystemExit(f'Could not read {path} as an image: {error}') from error
 
 
 def sample_photo() -> str:
@@ -194,15 +182,18 @@ def draw(rows: list, name: str, reductions: List[int], has_weights: bool, out: s
     matplotlib = import_matplotlib()
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 1 + len(reductions)
     height, width = rows[0][1].shape[1:]
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2.9 * columns, .7 + 2.9 * height / width * len(rows)),
-        squeeze=False, layout='constrained')
+        len(rows), columns, figsize=(2.9 * columns, .4 + (.6 + 2.9 * height / width) * len(rows)),
+        squeeze=False, layout=ConstrainedLayoutEngine(h_pad=.1))  # inches between the titles
     for axis_row, (path, picture, levels) in zip(axes, rows):
         axis_row[0].imshow(picture.permute(1, 2, 0))
-        axis_row[0].set_title(f'{Path(path).name}\n{picture.shape[2]} × {picture.shape[1]} pixels', fontsize=11)
+        file = Path(path).name
+        file = file if len(file) <= 30 else f'{file[:14]}…{file[-14:]}'  # as wide as the panel
+        axis_row[0].set_title(f'{file}\n{picture.shape[2]} × {picture.shape[1]} pixels', fontsize=11)
         for axis, level, reduction in zip(axis_row[1:], levels, reductions):
             axis.imshow(principal_colors(level), interpolation='nearest', extent=(0, width, height, 0))
             C, H, W = level.shape

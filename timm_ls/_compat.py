@@ -41,7 +41,7 @@ def is_in_forward_mode() -> bool:
 
 
 def function_modes() -> List[Any]:
-    """The active `TorchFunctionMode`s of this thread; the public ones tell nobody but their own kind."""
+    """The instances of `TorchFunctionMode` active in this thread; the public ones tell nobody but their own kind."""
     return torch.overrides._get_current_function_mode_stack()
 
 

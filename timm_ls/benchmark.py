@@ -31,7 +31,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .cli import available_device, import_matplotlib, output_file, synchronize
+from .cli import (
+    available_device,
+    import_matplotlib,
+    known_model,
+    output_file,
+    picture_file,
+    reference_folder,
+    synchronize,
+    whole_number,
+)
 from .complexity import count_launches, count_macs
 from .export import Outputs, export_file, load_file
 from .linear import linear_implementation
@@ -101,13 +110,14 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     """Read and check the arguments, before anything is measured."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls.benchmark', description='Speed and memory of models, ours and others, side by side.')
-    parser.add_argument('models', nargs='*', metavar='MODEL', help='timm model names (default: %(default)s)',
+    parser.add_argument('models', nargs='*', type=known_model, metavar='MODEL',
+                        help='timm model names (default: %(default)s)',
                         default=['vil_ls_small_hires', 'swin_tiny_patch4_window7_224'])
-    parser.add_argument('--reference', metavar='DIR',
+    parser.add_argument('--reference', type=reference_folder, metavar='DIR',
                         help="the authors' imagenet/ folder: their code joins our models, with the same weights")
     parser.add_argument('--img-size', nargs='+', type=image_size, default=[(224, 224), (448, 448), (896, 896)],
                         metavar='SIZE', help='sides or HEIGHTxWIDTH, in pixels (default: 224 448 896)')
-    parser.add_argument('--batch-size', nargs='+', type=int, default=[1], metavar='N',
+    parser.add_argument('--batch-size', nargs='+', type=whole_number(), default=[1], metavar='N',
                         help='images per call; 1 for latency (default: 1)')
     parser.add_argument('--mode', nargs='+', choices=MODES, default=['forward'],
                         help='forward under no_grad, or a training step: forward and backward (default: forward)')
@@ -120,21 +130,15 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
     parser.add_argument('--allocator', choices=('default', 'tuned'), default='default',
                         help="tuned: with glibc's MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised")
-    parser.add_argument('--repeats', type=int, default=5, metavar='N', help='timed turns (default: %(default)s)')
+    parser.add_argument('--repeats', type=whole_number(), default=5, metavar='N',
+                        help='timed turns (default: %(default)s)')
     parser.add_argument('--baseline', metavar='MODEL', help='what ratios refer to (default: the last of all models)')
     parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write everything measured')
-    parser.add_argument('--plot', type=output_file, metavar='FILE', help='draw time and memory against pixels')
+    parser.add_argument('--plot', type=picture_file, metavar='FILE', help='draw time and memory against pixels')
     args = parser.parse_args(argv)
 
-    for name in args.models:
-        if not timm.is_model(name):
-            parser.error(f"unknown model {name!r}: neither one of ours (python -m timm_ls models) nor one of timm's")
-    if min(args.batch_size + [args.repeats]) < 1:
-        parser.error('--batch-size and --repeats take whole numbers from 1')
     if args.reference:
-        if not (Path(args.reference) / 'models' / 'msvit.py').is_file():
-            parser.error(f"no models/msvit.py in {args.reference!r}: expected the authors' imagenet/ folder")
         args.models = args.models + [RELEASED + name for name in args.models if name.startswith('vil_ls')]
     args.models = list(dict.fromkeys(args.models))
     args.baseline = args.baseline or args.models[-1]
@@ -150,7 +154,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
 def image_size(text: str) -> Tuple[int, int]:
     """Height and width from '224' or '800x1333'."""
     sides = text.split('x')
-    if len(sides) > 2 or not all(side.isdigit() and int(side) >= 32 for side in sides):
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
         raise argparse.ArgumentTypeError(f'{text!r} is no image size: expected a side or HEIGHTxWIDTH, from 32 pixels')
     return int(sides[0]), int(sides[-1])
 

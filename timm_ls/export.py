@@ -18,11 +18,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
 from torch.export import Dim
 
-from .cli import output_file
-from .pretrained.checkpoint import load_checkpoint
+from .cli import load_model, open_image, our_model, output_file
 from .pyramid_transformer import MIN_IMAGE_SIZE
 
 __all__ = ['Check', 'check_file', 'export_file', 'main']
@@ -84,18 +82,13 @@ class Outputs(nn.Module):
 def main(argv: Sequence[str]) -> None:
     """Run the command line."""
     args = parse_arguments(argv)
-    try:
-        model: Any = timm.create_model(args.model, pretrained=args.pretrained)
-        if args.checkpoint:
-            load_checkpoint(model, args.checkpoint)
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(str(error)) from error
+    model = load_model(args.model, args.pretrained, args.checkpoint)
     config = timm.data.resolve_data_config(model=model)
     size = None if args.img_size == 'dynamic' else args.img_size or config['input_size'][1:]
     images = None
     if args.calibration:
         images = calibration_images(args.calibration, config, size or config['input_size'][1:])
-    outputs = Outputs(model.eval(), args.features)
+    outputs = Outputs(model, args.features)
     with tempfile.TemporaryDirectory(dir=Path(args.out).absolute().parent) as folder:
         path = Path(folder, 'model').with_suffix(SUFFIXES[args.format])
         try:
@@ -127,7 +120,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls export',
         description='Export a model to a file, and keep the file only if its engine gives what the model gives.')
-    parser.add_argument('model', metavar='MODEL', help='model name (python -m timm_ls models)')
+    parser.add_argument('model', type=our_model, metavar='MODEL', help='model name (python -m timm_ls models)')
     parser.add_argument('out', metavar='OUT', type=output_file, help='file to write')
     parser.add_argument('--format', choices=SUFFIXES, help='default: as OUT ends, .onnx, .xml (OpenVINO) or .pt2')
     parser.add_argument('--pretrained', action='store_true', help='load the published weights of the model')
@@ -141,18 +134,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument('--calibration', metavar='DIR',
                         help='folder of images like those to come: int8 is fitted to them, top-1 classes are compared')
     args = parser.parse_args(argv)
-    if not timm.is_model(args.model.split('.')[0]) or not timm.model_entrypoint(args.model).__module__.startswith(
-            __name__.split('.')[0]):
-        parser.error(f'{args.model!r} is no model of ours: python -m timm_ls models lists them')
     args.format = args.format or {suffix: name for name, suffix in SUFFIXES.items()}.get(Path(args.out).suffix)
     if args.format is None or Path(args.out).suffix != SUFFIXES[args.format]:
         parser.error(f'OUT ends with .onnx, .xml (OpenVINO) or .pt2, as its --format; got {args.out!r}')
     if args.img_size is not None and args.img_size != ['dynamic']:
-        if len(args.img_size) > 2 or not all(side.isdigit() and int(side) >= MIN_IMAGE_SIZE for side in args.img_size):
+        sides = [int(side) if side.isdecimal() else 0 for side in args.img_size]
+        if len(sides) > 2 or min(sides) < MIN_IMAGE_SIZE:
             parser.error(
                 f'--img-size takes a side or a height and a width from {MIN_IMAGE_SIZE} pixels, or "dynamic";'
                 f' got {" ".join(args.img_size)}')
-        args.img_size = int(args.img_size[0]), int(args.img_size[-1])
+        args.img_size = sides[0], sides[-1]
     elif args.img_size is not None:
         args.img_size = 'dynamic'
     if args.precision == 'int8' and args.format == 'pt2':
@@ -171,7 +162,7 @@ def calibration_images(
     """Return up to so many images of a folder and its subfolders, evenly drawn, as a model takes them, [1, C, H, W].
 
     Raises:
-        SystemExit: The folder holds none.
+        SystemExit: The folder holds none, or a file that is called an image is none.
     """
     paths = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in timm.data.get_img_extensions())
     if not paths:
@@ -180,7 +171,7 @@ def calibration_images(
     step = max(1, len(paths) / most)
     chosen = [paths[int(i * step)] for i in range(min(most, len(paths)))]
     mode = 'L' if config['input_size'][0] == 1 else 'RGB'
-    return [transform(Image.open(path).convert(mode)).unsqueeze(0) for path in chosen]
+    return [transform(open_image(str(path), mode)).unsqueeze(0) for path in chosen]
 
 
 def export_file(

@@ -27,7 +27,7 @@ import timm
 import torch
 
 from .benchmark import RELEASED, Setting, build, describe_error, describe_machine, make_step
-from .cli import available_device, synchronize
+from .cli import available_device, output_folder, reference_folder, synchronize
 from .ops.overrides import gpu_family
 from .ops.triton import attention as triton_attention
 from .ops.triton import self_check
@@ -98,11 +98,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     parser = argparse.ArgumentParser(prog='python -m timm_ls.gpu_check', description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--minutes', type=float, default=8., metavar='N', help='when to stop (default: %(default)s)')
-    parser.add_argument('--out', type=Path, default=Path('gpu_check'), metavar='DIR', help='default: %(default)s')
-    parser.add_argument('--reference', metavar='DIR', help="the authors' imagenet/ folder: their code joins the models")
+    parser.add_argument('--out', type=output_folder, default='gpu_check', metavar='DIR', help='default: %(default)s')
+    parser.add_argument('--reference', type=reference_folder, metavar='DIR',
+                        help="the authors' imagenet/ folder: their code joins the models")
     parser.add_argument('--device', type=available_device, default='cuda', help='default: %(default)s')
     args = parser.parse_args(argv)
     device = torch.device(args.device)
+    if not args.minutes > 0:
+        parser.error(f'--minutes takes a positive number, got {args.minutes}')
     if triton_attention.triton is None:
         parser.error('triton is not installed; torch brings it along on Linux')
     if device.type != 'cuda' and not triton_attention.is_interpreted():

@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
-import timm
 import torch
 import torch.nn as nn
 
 from .benchmark import describe_machine
-from .cli import available_device, output_file
+from .cli import available_device, load_model, our_model, output_file
 
 __all__ = ['main']
 
@@ -53,16 +52,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls.precision', description='Errors of reduced precision against float64, as a table.')
-    parser.add_argument('models', nargs='*', metavar='MODEL', default=['vil_ls_small', 'cvt_ls_13'],
+    parser.add_argument('models', nargs='*', type=our_model, metavar='MODEL', default=['vil_ls_small', 'cvt_ls_13'],
                         help='model names (default: %(default)s)')
     parser.add_argument('--img-size', nargs='+', type=int, default=[224], metavar='PIXELS',
                         help='side, or height and width (default: 224)')
     parser.add_argument('--device', default='cpu', type=available_device, help='torch device (default: %(default)s)')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write everything measured')
     args = parser.parse_args(argv)
-    for name in args.models:
-        if not timm.is_model(name):
-            parser.error(f'unknown model {name!r}: python -m timm_ls models lists ours')
     if len(args.img_size) > 2 or min(args.img_size) < 32:
         parser.error(f'--img-size takes a side or a height and a width from 32 pixels, got {args.img_size}')
 
@@ -72,7 +68,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     rows: List[Row] = []
     for name in args.models:
         torch.manual_seed(0)
-        model = timm.create_model(name)
+        model = load_model(name, pretrained=False, checkpoint=None)
         use_order_one_weights(model)
         found = measure(name, model.to(device), (args.img_size[0], args.img_size[-1]))
         print_table(name, found, args.img_size)

@@ -9,6 +9,7 @@ then each runs in a process of its own, for the most that it holds beyond what i
 """
 import argparse
 import json
+import math
 import time
 import warnings
 from typing import Any, Callable, Dict, Optional, Sequence
@@ -19,6 +20,7 @@ from sequence_cost import in_process
 
 from timm_ls import adopt
 from timm_ls.benchmark import resident_bytes
+from timm_ls.cli import whole_number
 
 LAYERS = ('theirs', 'ours')
 
@@ -68,13 +70,16 @@ def peaks(options: Sequence[Any], args: argparse.Namespace) -> Dict[str, int]:
 def main(arguments: Optional[Sequence[str]] = None) -> Dict[str, Any]:
     """Print a report in JSON, and return it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tokens', type=int, default=65536, help='of a square map')
+    parser.add_argument('--tokens', type=whole_number(), default=65536, help='of a square map')
     parser.add_argument('--whole', type=int, default=0, metavar='SIDE', help='the whole model, its memory only')
     parser.add_argument('--train', action='store_true', help='forward and backward')
     parser.add_argument('--bf16', action='store_true', help='under autocast')
-    parser.add_argument('--turns', type=int, default=3)
+    parser.add_argument('--turns', type=whole_number(), default=3)
     parser.add_argument('--one', choices=LAYERS, help='measure the memory of one in this process')
     args = parser.parse_args(arguments)
+    side = math.isqrt(args.tokens)
+    if side ** 2 != args.tokens or side % 2:
+        parser.error(f'--tokens {args.tokens}: expected the square of an even side, for windows of 2 x 2')
     if args.one:
         step = make_step(args.one, args)
         if not args.whole:

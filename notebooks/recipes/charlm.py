@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sequence_cost import CausalFullAttention, peak_mib
 
+from timm_ls.cli import whole_number
 from timm_ls.sequence import CausalLanguageModel
 
 
@@ -91,22 +92,31 @@ def run(arguments: Optional[Sequence[str]] = None) -> Tuple[CausalLanguageModel,
     """Train and test one model, or measure a training step; return the model and a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--attention', choices=['long-short', 'window', 'full'], default='long-short')
-    parser.add_argument('--dim', type=int, default=128)
-    parser.add_argument('--depth', type=int, default=4)
-    parser.add_argument('--window-size', type=int, default=64)
-    parser.add_argument('--segment-size', type=int, default=16)
-    parser.add_argument('--rank', type=int, default=1)
-    parser.add_argument('--max-segments', type=int, default=64, help='that a query sees: at the length of 1,024, all')
-    parser.add_argument('--length', type=int, default=1024)
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--steps', type=int, default=1000)
+    parser.add_argument('--dim', type=whole_number(), default=128)
+    parser.add_argument('--depth', type=whole_number(), default=4)
+    parser.add_argument('--window-size', type=whole_number(), default=64)
+    parser.add_argument('--segment-size', type=whole_number(), default=16)
+    parser.add_argument('--rank', type=whole_number(), default=1)
+    parser.add_argument('--max-segments', type=whole_number(), default=64,
+                        help='that a query sees: at the length of 1,024, all')
+    parser.add_argument('--length', type=whole_number(), default=1024)
+    parser.add_argument('--batch-size', type=whole_number(), default=8)
+    parser.add_argument('--steps', type=whole_number(), default=1000)
     parser.add_argument('--lr', type=float, default=1e-3, help='the highest learning rate')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--held-out', type=int, default=200_000, help='characters to test with, and to validate with')
-    parser.add_argument('--cost-at', type=int, metavar='LENGTH')
+    parser.add_argument('--held-out', type=whole_number(), default=200_000,
+                        help='characters to test with, and to validate with')
+    parser.add_argument('--cost-at', type=whole_number(), metavar='LENGTH')
     args = parser.parse_args(arguments)
+    data = read_text()
+    if args.cost_at and args.cost_at >= len(data):
+        parser.error(f'--cost-at {args.cost_at}: expected fewer than the {len(data)} characters of the text')
+    if not args.cost_at and not args.length < args.held_out < (len(data) - args.length) / 2:
+        parser.error(
+            f'--held-out {args.held_out}: expected more than --length {args.length}, and as much of the text,'
+            f' {len(data)} characters, to be left when it is taken twice')
     torch.manual_seed(args.seed)
-    model, data = build(args), read_text()
+    model = build(args)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report: Dict[str, Any] = {'attention': args.attention, 'parameters': parameters}
     start = time.process_time()

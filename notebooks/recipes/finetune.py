@@ -14,7 +14,8 @@ from timm.scheduler import CosineLRScheduler
 from torch.utils.data import Dataset, DistributedSampler
 from torchvision.datasets import ImageFolder
 
-import timm_ls  # noqa: F401 registers the models
+from timm_ls.cli import known_model, whole_number
+from timm_ls.pyramid_transformer import MIN_IMAGE_SIZE
 
 
 def training_parser(description, data_dir):
@@ -23,19 +24,19 @@ def training_parser(description, data_dir):
     parser.add_argument('--data-dir', required=True, help=data_dir)
     parser.add_argument('--output', default='output', help='folder for checkpoints and weights')
     parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint in --output, if any')
-    parser.add_argument('--model', default='vil_ls_medium')
+    parser.add_argument('--model', type=known_model, default='vil_ls_medium')
     parser.add_argument('--pretrained-path', help='start from the weights in this file; the classifier may differ')
-    parser.add_argument('--epochs', type=int, default=10)
-    parser.add_argument('--batch-size', type=int, default=32, help='images per process')
+    parser.add_argument('--epochs', type=whole_number(), default=10)
+    parser.add_argument('--batch-size', type=whole_number(), default=32, help='images per process')
     parser.add_argument('--weight-decay', type=float, default=.05)
     parser.add_argument('--warmup', type=float, default=.1, help='part of the steps in which the learning rate rises')
     parser.add_argument('--drop-path', type=float, default=.1, help='stochastic depth')
     parser.add_argument('--clip-grad', type=float, default=1., help='largest norm of the gradient')
     parser.add_argument('--grad-checkpointing', action='store_true', help='less memory, more computation')
     parser.add_argument('--bf16', action='store_true', help='compute in bfloat16')
-    parser.add_argument('--save-steps', type=int, default=500, help='steps between checkpoints')
-    parser.add_argument('--log-steps', type=int, default=10)
-    parser.add_argument('--workers', type=int, default=4, help='processes that load images')
+    parser.add_argument('--save-steps', type=whole_number(), default=500, help='steps between checkpoints')
+    parser.add_argument('--log-steps', type=whole_number(), default=10)
+    parser.add_argument('--workers', type=whole_number(0), default=4, help='processes that load images')
     parser.add_argument('--seed', type=int, default=42)
     return parser
 
@@ -44,7 +45,8 @@ def parser(description):
     """The arguments of every recipe that fine-tunes."""
     parser = training_parser(description, 'folder with a folder of images per class, or such folders train and val')
     parser.add_argument('--no-pretrained', dest='pretrained', action='store_false', help='start from random weights')
-    parser.add_argument('--img-size', type=int, help='side in pixels; the native one of the model if left out')
+    parser.add_argument('--img-size', type=whole_number(MIN_IMAGE_SIZE),
+                        help='side in pixels; the native one of the model if left out')
     parser.add_argument('--lr', type=float, default=2e-4, help='learning rate of the last layer')
     parser.add_argument('--layer-decay', type=float, default=.8, help='factor on the learning rate from layer to layer')
     return parser
@@ -141,7 +143,10 @@ def make_model(args, train, val):
         options['img_size'] = args.img_size  # bias tables of this size, from those of the weights
     if args.pretrained_path:
         options['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)  # -1: classifier afresh
-    model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+    try:
+        model = timm.create_model(args.model, pretrained=args.pretrained, **options)
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f'No weights to start from: {error}') from error
     model.set_grad_checkpointing(args.grad_checkpointing)
 
     config = timm.data.resolve_data_config(dict(img_size=args.img_size), model=model)

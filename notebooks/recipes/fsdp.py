@@ -113,7 +113,10 @@ def fine_tune(args, device):
 
 def main(argv=None):
     """Fine-tune within a group of processes."""
-    args = parser(__doc__).parse_args(argv)
+    recipe = parser(__doc__)
+    args = recipe.parse_args(argv)
+    if 'RANK' not in os.environ:
+        recipe.error('there is no group of processes: start this with torchrun instead of python')
     device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if torch.cuda.is_available() else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from timm_ls.cli import known_model, whole_number
 from timm_ls.fpn import FeaturePyramid
 from timm_ls.parallel import average_gradients, band_mean, band_rows, level_rows, spatial_parallel
 
@@ -95,17 +96,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data-dir', required=True)
     parser.add_argument('--output', default='output/large_image')
-    parser.add_argument('--model', default='vil_ls_tiny_hires', help='long-short attention throughout')
+    parser.add_argument('--model', type=known_model, default='vil_ls_tiny_hires',
+                        help='long-short attention throughout')
     parser.add_argument('--pretrained', action='store_true')
-    parser.add_argument('--num-classes', type=int, default=2)
-    parser.add_argument('--width', type=int, default=128, help='channels of the pyramid')
-    parser.add_argument('--bands', type=int, help='processes that share an image; all by default')
-    parser.add_argument('--steps', type=int, default=1000)
+    parser.add_argument('--num-classes', type=whole_number(), default=2)
+    parser.add_argument('--width', type=whole_number(), default=128, help='channels of the pyramid')
+    parser.add_argument('--bands', type=whole_number(), help='processes that share an image; all by default')
+    parser.add_argument('--steps', type=whole_number(), default=1000)
     parser.add_argument('--lr', type=float, default=1e-4)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--bf16', action='store_true')
     parser.add_argument('--grad-checkpointing', action='store_true')
     args = parser.parse_args(argv)
+    if 'RANK' not in os.environ:
+        parser.error('there is no group of processes: start this with torchrun instead of python')
     device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if torch.cuda.is_available() else torch.device('cpu')
     if device.type == 'cuda':
         torch.cuda.set_device(device)

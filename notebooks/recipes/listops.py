@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from sequence_cost import FullAttention, peak_mib
 
+from timm_ls.cli import whole_number
 from timm_ls.sequence import SequenceEncoder
 
 MAX_DEPTH, MAX_ARGS = 10, 10
@@ -140,17 +141,21 @@ def run(arguments: Optional[Sequence[str]] = None) -> Tuple[Classifier, Dict[str
     """Train and test one model; return it and a report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--attention', choices=['long-short', 'full'], default='long-short')
-    parser.add_argument('--window-size', type=int, default=8)
-    parser.add_argument('--rank', type=int, default=32)
-    parser.add_argument('--steps', type=int, default=3000, help='3,000 batches of 32 are the training set, once')
-    parser.add_argument('--batch-size', type=int, default=32)
+    parser.add_argument('--window-size', type=whole_number(), default=8)
+    parser.add_argument('--rank', type=whole_number(), default=32)
+    parser.add_argument('--steps', type=whole_number(), default=3000,
+                        help='3,000 batches of 32 are the training set, once')
+    parser.add_argument('--batch-size', type=whole_number(), default=32)
     parser.add_argument('--lr', type=float, default=1e-3, help='the highest learning rate')
-    parser.add_argument('--min-length', type=int, default=500, help='sequences are longer')
-    parser.add_argument('--max-length', type=int, default=2000, help='sequences are shorter')
-    parser.add_argument('--train-examples', type=int, default=96_000)
-    parser.add_argument('--held-out', type=int, default=2_000, help='sequences to test with, and to validate with')
+    parser.add_argument('--min-length', type=whole_number(), default=500, help='sequences are longer')
+    parser.add_argument('--max-length', type=whole_number(), default=2000, help='sequences are shorter')
+    parser.add_argument('--train-examples', type=whole_number(), default=96_000)
+    parser.add_argument('--held-out', type=whole_number(), default=2_000,
+                        help='sequences to test with, and to validate with')
     parser.add_argument('--seed', type=int, default=0, help='of the weights and the order of the data')
     args = parser.parse_args(arguments)
+    if args.max_length - args.min_length < 2:
+        parser.error(f'--max-length {args.max_length}: expected 2 more than --min-length {args.min_length}, or longer')
     data = examples(2 * args.held_out + args.train_examples, args.min_length, args.max_length)
     test, val, data = data[:args.held_out], data[args.held_out:2 * args.held_out], data[2 * args.held_out:]
 

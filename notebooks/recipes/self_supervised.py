@@ -46,6 +46,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from timm_ls.cli import whole_number
+
 DEEP_MODES = ('I', 'F')  # more than 8 bits per channel; Pillow clips what it converts from them
 MIN_CROP = 32
 PATIENCE = 20  # checks in a row that find the outputs collapsed before a run is stopped
@@ -65,9 +67,11 @@ def parser(description):
     parser.add_argument('--weight-decay-end', type=float, default=.4, help='what --weight-decay becomes, by a cosine')
     parser.add_argument('--momentum', type=float, default=.996, help='of the teacher, at first; becomes 1, by a cosine')
     parser.add_argument('--region-weight', type=float, default=.5, help='of the loss on regions; the rest is on views')
-    parser.add_argument('--output-dim', type=int, default=65536, help='logits of the heads')
-    parser.add_argument('--hidden-dim', type=int, default=2048, help='channels of the hidden layers of the heads')
-    parser.add_argument('--bottleneck-dim', type=int, default=256, help='channels of the layer before the logits')
+    parser.add_argument('--output-dim', type=whole_number(), default=65536, help='logits of the heads')
+    parser.add_argument('--hidden-dim', type=whole_number(), default=2048,
+                        help='channels of the hidden layers of the heads')
+    parser.add_argument('--bottleneck-dim', type=whole_number(), default=256,
+                        help='channels of the layer before the logits')
     parser.add_argument('--norm-last-layer', action='store_true', help='stabler heads, a little worse')
     parser.add_argument('--freeze-last-layer', type=int, default=1, help='epochs in which that layer is not trained')
     parser.add_argument('--student-temp', type=float, default=.1)
@@ -80,7 +84,7 @@ def parser(description):
     parser.add_argument('--global-scale', type=float, nargs=2, default=[.4, 1.], help='part of the image in one')
     parser.add_argument('--local-scale', type=float, nargs=2, default=[.05, .4], help='part of the image in one')
     parser.add_argument('--labeled-dir', help='for kNN accuracy: a folder per class, or such folders train and val')
-    parser.add_argument('--knn-epochs', type=int, default=10, help='epochs between two measurements')
+    parser.add_argument('--knn-epochs', type=whole_number(), default=10, help='epochs between two measurements')
     return parser
 
 

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from timm_ls import CausalLongShortAttention1d, LongShortAttention1d
+from timm_ls.cli import whole_number
 
 
 class FullAttention(nn.Module):
@@ -132,9 +133,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     """Print a table and a report in JSON, or one measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('layers', nargs='+', choices=LAYERS)
-    parser.add_argument('--lengths', type=int, nargs='+', default=[1024, 4096, 16384, 65536])
+    parser.add_argument('--lengths', type=whole_number(), nargs='+', default=[1024, 4096, 16384, 65536])
     parser.add_argument('--train', action='store_true', help='forward and backward')
-    parser.add_argument('--one', type=int, metavar='LENGTH', help='measure in this process')
+    parser.add_argument('--one', type=whole_number(), metavar='LENGTH', help='measure in this process')
     args = parser.parse_args(arguments)
     if min(args.lengths) <= WARM_UP:  # whose memory would be no more than what is held already
         parser.error(f'--lengths {args.lengths}: expected lengths above {WARM_UP}, that of the first pass.')

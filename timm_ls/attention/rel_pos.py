@@ -38,7 +38,7 @@ def resize_bias_table(table: torch.Tensor, size: Tuple[int, int]) -> torch.Tenso
         size: New rows and columns.
 
     Returns:
-        [num_heads, *size], of the dtype of `table`; equal to `table` when the size does not change.
+        [num_heads, rows, cols] of the new size, in the dtype of `table`; `table` itself when its size does not change.
     """
     wide = table.to(torch.promote_types(table.dtype, torch.float32))
     resized = F.interpolate(wide.unsqueeze(0), size=size, mode='bicubic', align_corners=False)

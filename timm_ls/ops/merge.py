@@ -2,7 +2,7 @@
 
 Matrix products of half-precision types add as the hardware likes, in float16 on some CPUs, and a sum over a million
 tokens then loses its digits. So landmarks, and global tokens in row chunks or over several devices, are made from
-`SoftmaxSum`s: of each part its largest logit, the sum of its exponentials and the weighted sum of its values.
+a `SoftmaxSum` of each part: its largest logit, the sum of its exponentials and the weighted sum of its values.
 """
 from typing import Any, List, NamedTuple, Optional, Tuple
 

@@ -88,9 +88,11 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # each format fails in its own ways on a damaged file
+        # torch puts advice around the cause, to load with weights_only=False among it
+        cause = (str(error).partition('WeightsUnpickler error: ')[2] or str(error)).strip().partition('\n')[0]
         raise RuntimeError(
             f'Could not read {path} ({path.stat().st_size} bytes) as a checkpoint: expected a complete .safetensors'
-            f' or .pth file of weights. Download it again if it was cut short. Cause: {error}') from error
+            f' or .pth file of weights. Download it again if it was cut short. Cause: {cause}') from error
 
 
 def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
@@ -99,8 +101,13 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
     Raises:
         FileNotFoundError: There is no such file.
         RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
+        TypeError: The model is none of ours.
     """
-    convert: Any = model.convert_state_dict
+    convert: Any = getattr(model, 'convert_state_dict', None)
+    if convert is None:
+        raise TypeError(
+            f'Expected a model of timm_ls to load {path} into, got {type(model).__name__}:'
+            ' timm.create_model(name, checkpoint_path=path) loads weights of the models of timm.')
     weights = convert(read_checkpoint(path))
     check_state_dict(weights, model)
     model.load_state_dict(weights)

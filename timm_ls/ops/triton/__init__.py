@@ -1,11 +1,9 @@
 """Kernels for CUDA devices, written in Triton: window attention without gathered keys, landmarks in one pass.
 
-| module | holds |
-|---|---|
-| `attention.py` | the implementation 'triton': what it takes, launches, the operator for graphs |
-| `kernels.py` | the kernels, and what decides their speed |
-| `landmarks.py`, `landmark_kernels.py` | the same for landmarks, on which `pool_tokens` decides (`merge.py`) |
-| `self_check.py` | whether the kernels are right on this device: asked before they are chosen |
+- `attention.py`: the implementation 'triton': what it takes, launches, the operator for graphs,
+- `kernels.py`: the kernels, and what decides their speed,
+- `landmarks.py`, `landmark_kernels.py`: the same for landmarks, on which `pool_tokens` decides (`merge.py`),
+- `self_check.py`: whether the kernels are right on this device: asked before they are chosen.
 
 They take float32 (as accurate as float32, unless torch is allowed TF32), bfloat16 and float16, heads of up to 128
 channels, windows of up to 16 x 16, rows of a map, any size, first and second derivatives, `torch.compile`, and
