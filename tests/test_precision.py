@@ -78,8 +78,8 @@ def test_planted_nan_is_reported(monkeypatch, capsys, where):
     """A value, or a gradient alone, that is not finite: named in the table, and the command fails."""
     create_model = timm.create_model
 
-    def broken(name):
-        model = create_model(name)
+    def broken(name, **kwargs):
+        model = create_model(name, **kwargs)
         if where == 'values':
             model.stages[1].blocks[0].mlp.fc2.bias.data[3] = math.inf
         else:

@@ -88,7 +88,7 @@ def load_model(name: str, pretrained: bool, checkpoint: Optional[str]) -> Any:
         model = timm.create_model(name, pretrained=pretrained)
         if checkpoint:
             load_checkpoint(model, checkpoint)
-    except (OSError, RuntimeError, TypeError) as error:
+    except (OSError, RuntimeError) as error:
         raise SystemExit(str(error)) from error
     return model.eval()
 

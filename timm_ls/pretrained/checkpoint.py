@@ -100,12 +100,12 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: The file is damaged, holds something else than weights, or fits another architecture.
-        TypeError: The model is none of ours.
+        RuntimeError: The file is damaged, holds something else than weights, or fits another architecture; or the model
+            is none of ours.
     """
     convert: Any = getattr(model, 'convert_state_dict', None)
     if convert is None:
-        raise TypeError(
+        raise RuntimeError(
             f'Expected a model of timm_ls to load {path} into, got {type(model).__name__}:'
             ' timm.create_model(name, checkpoint_path=path) loads weights of the models of timm.')
     weights = convert(read_checkpoint(path))
