@@ -1,4 +1,5 @@
 """The command line, as a person uses it."""
+import json
 import re
 import subprocess
 import sys
@@ -205,6 +206,18 @@ def test_readme_table_is_what_the_command_prints(monkeypatch, capsys):
     assert len(rows) == len(timm_ls_models())
     for row in rows:
         assert row in readme, row
+
+
+def test_readme_says_what_its_chart_shows():
+    """Time and memory against Swin-T at the largest side, from the benchmark's report that the chart is drawn from."""
+    cells = json.loads((ROOT / 'notebooks' / 'figures' / 'cost.json').read_text())['cells']
+    side = max(cell['height'] for cell in cells)
+    ours, swin = (
+        next(cell for cell in cells if cell['model'] == name and cell['height'] == side)
+        for name in ('vil_ls_small_hires', 'swin_tiny_patch4_window7_224'))
+    time, memory = swin['images_per_s'] / ours['images_per_s'], ours['peak_bytes'] / swin['peak_bytes']
+    text = f"at {side} x {side}, {time:.2f} times Swin-T's time and {memory:.2f} of its memory"
+    assert text in (ROOT / 'README.md').read_text()
 
 
 def test_ci_runs_the_command_of_the_readme():

@@ -495,7 +495,9 @@ def test_compile(name, backend, training):
             for actual, expected in zip(*grads, strict=True):
                 torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
         counts.append(counter.frame_count)
-    assert counts[0] <= 2 and counts[:4] == counts[:1] * 4 and counts[0] <= counts[4] == counts[5] <= counts[0] + 1
+    one_block = name == 'encoder'  # whose blocks have 40 tokens
+    assert counts[0] <= 2 and counts[:4] == counts[:1] * 4
+    assert counts[0] <= counts[4] == counts[5] <= counts[0] + one_block
     if backend != 'eager':
         with torch.no_grad():
             assert_same(compiled, layer, [7])
