@@ -1,4 +1,5 @@
 """The export command: files that give what the model gives, in their engines, or none."""
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,13 @@ def test_damaged_image(tmp_path):
     (tmp_path / 'damaged.png').write_text('no image')
     with pytest.raises(SystemExit, match='Could not read .*damaged.png as an image'):
         main(['export', 'test_vil_ls', str(tmp_path / 'm.onnx'), '--precision', 'int8', '--calibration', str(tmp_path)])
+
+
+def test_missing_engine(tmp_path, monkeypatch):
+    """What would be missing in the end is asked for at the start."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        export.importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else find_spec(name))
+    monkeypatch.setattr(export, 'load_model', lambda *args: pytest.fail('the work has begun'))
+    with pytest.raises(SystemExit, match=r"^onnxruntime is missing: pip install 'timm-ls\[deploy\]'\.$"):
+        main(['export', 'test_vil_ls', str(tmp_path / 'm.onnx')])

@@ -5,6 +5,7 @@
 """
 import argparse
 import copy
+import importlib.util
 import shutil
 import statistics
 import tempfile
@@ -27,6 +28,7 @@ __all__ = ['Check', 'check_file', 'export_file', 'main']
 
 SUFFIXES = {'onnx': '.onnx', 'openvino': '.xml', 'pt2': '.pt2'}
 PRECISIONS = ('f32', 'f16', 'int8')
+PACKAGES = {'onnx': ('onnx', 'onnxscript', 'onnxruntime'), 'openvino': ('openvino',), 'pt2': ()}  # that formats need
 # Largest error of any output, relative to its largest value: rounding in another order, or in fewer digits. Whether
 # eight bits are enough is for the user to say, who gets the share of images whose class stays.
 TOLERANCE = {'f32': 1e-4, 'f16': 3e-2, 'int8': .5}
@@ -91,11 +93,8 @@ def main(argv: Sequence[str]) -> None:
     outputs = Outputs(model, args.features)
     with tempfile.TemporaryDirectory(dir=Path(args.out).absolute().parent) as folder:
         path = Path(folder, 'model').with_suffix(SUFFIXES[args.format])
-        try:
-            export_file(outputs, path, args.format, size, args.precision, images)
-            checks = check_file(outputs, path, args.format, size, args.precision)
-        except ImportError as error:
-            raise SystemExit(f"{error.name or error} is missing: pip install 'timm-ls[deploy]'.") from error
+        export_file(outputs, path, args.format, size, args.precision, images)
+        checks = check_file(outputs, path, args.format, size, args.precision)
         megabytes = sum(part.stat().st_size for part in path.parent.iterdir()) / 1e6
         print(f'{args.model} as {args.format}, {args.precision}, {megabytes:.1f} MB,'
               f' {"any height and width" if size is None else f"{size[0]} x {size[1]} pixels"}, any batch:')
@@ -150,6 +149,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.error('--precision int8 is for onnx and openvino, whose engines quantize; pt2 takes f32 or f16')
     if args.precision == 'int8' and not args.calibration:
         parser.error('--precision int8 needs --calibration DIR: a folder of images like those to come')
+    packages = PACKAGES[args.format] + (('nncf',) if (args.format, args.precision) == ('openvino', 'int8') else ())
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)} is missing: pip install 'timm-ls[deploy]'.")
     return args
 
 
