@@ -104,7 +104,7 @@ def test_models_are_made_for_the_image():
 
 
 @pytest.mark.parametrize('changes', [
-    {}, dict(mode='train'), dict(dtype='bfloat16'), dict(execution='channels_last'),
+    {}, dict(mode='train'), dict(dtype='bfloat16'), dict(dtype='pure_bfloat16'), dict(execution='channels_last'),
     dict(mode='train', dtype='bfloat16', execution='channels_last', height=96, batch_size=2),
 ], ids=str)
 def test_step(changes):
@@ -114,7 +114,8 @@ def test_step(changes):
     model = build('vil_ls_tiny_hires', where)
     logits = make_step(model, where)()
     assert logits.shape == (where.batch_size, 1000) and logits.isfinite().all()
-    assert logits.dtype == getattr(torch, where.dtype)
+    assert logits.dtype == getattr(torch, where.dtype.removeprefix('pure_'))
+    assert next(model.parameters()).dtype == (logits.dtype if where.dtype.startswith('pure_') else torch.float32)
     assert model.training == (where.mode == 'train')
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -1,7 +1,7 @@
 """Command line: speed and memory of our models, of timm's and of the released code, side by side.
 
     python -m timm_ls.benchmark [MODEL ...] [--reference DIR] [--img-size 224 448 800x1333] [--batch-size 1 8]
-        [--mode forward train] [--dtype float32 bfloat16]
+        [--mode forward train] [--dtype float32 bfloat16 pure_bfloat16]
         [--execution eager compiled channels_last openvino onnxruntime]
         [--linear default onednn] [--device cuda] [--allocator tuned] [--baseline MODEL] [--json FILE] [--plot FILE]
 
@@ -48,7 +48,8 @@ from .linear import linear_implementation
 __all__ = ['main']
 
 MODES = ('forward', 'train')
-DTYPES = ('float32', 'bfloat16', 'float16')
+PURE = 'pure_'  # in front of a type that weights and images are of; without it, autocast
+DTYPES = ('float32', 'bfloat16', 'float16', PURE + 'bfloat16', PURE + 'float16')
 ENGINES = {'openvino': 'openvino', 'onnxruntime': 'onnx'}  # and their file formats
 EXECUTIONS = ('eager', 'compiled', 'channels_last', *ENGINES)
 LINEAR = ('default', 'onednn')
@@ -122,7 +123,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     parser.add_argument('--mode', nargs='+', choices=MODES, default=['forward'],
                         help='forward under no_grad, or a training step: forward and backward (default: forward)')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=['float32'],
-                        help='float32, or autocast to another (default: float32)')
+                        help='float32, autocast to another, or weights and images of another (default: float32)')
     parser.add_argument('--execution', nargs='+', choices=EXECUTIONS, default=['eager'],
                         help='how models run, in torch or in an engine; several are compared (default: eager)')
     parser.add_argument('--linear', nargs='+', choices=LINEAR, default=['default'],
@@ -230,6 +231,11 @@ def released_architecture(model: nn.Module) -> str:
     return '_'.join(stages)
 
 
+def as_dtype(name: str) -> torch.dtype:
+    """The type that one of `DTYPES` computes in."""
+    return getattr(torch, name.removeprefix(PURE))
+
+
 def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     """A function that runs the model once in the given setting and returns the logits."""
     device = torch.device(setting.device)
@@ -242,7 +248,10 @@ def make_step(model: nn.Module, setting: Setting) -> Callable[[], torch.Tensor]:
     x = torch.randn(setting.batch_size, 3, setting.height, setting.width, generator=generator)
     x = x.to(device, memory_format=memory_format)
     target = torch.zeros(setting.batch_size, dtype=torch.long, device=device)
-    autocast = torch.autocast(device.type, getattr(torch, setting.dtype), enabled=setting.dtype != 'float32')
+    dtype, is_pure = as_dtype(setting.dtype), setting.dtype.startswith(PURE)
+    if is_pure:
+        model, x = model.to(dtype), x.to(dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32 and not is_pure)
 
     def step() -> torch.Tensor:
         with torch.set_grad_enabled(setting.mode == 'train'), autocast, linear_implementation(setting.linear):
@@ -430,7 +439,7 @@ def resident_bytes(field: str) -> int:
 def matmul_rate(device: str, dtype: str) -> float:
     """Giga-operations per second of large square matrix products: what a model could reach at best."""
     n = 1024 if device == 'cpu' else 8192
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    a = torch.randn(n, n, device=device, dtype=as_dtype(dtype))
     seconds = []
     for _ in range(9):
         start = time.perf_counter()
