@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .._compat import layer_norm_backward
 from ..ops.autocast import is_autocast, without_autocast
-from ..ops.capture import is_captured, needs_plain_operations
+from ..ops.capture import has_fixed_size, is_captured, needs_plain_operations
 from ..ops.chunks import chunk_bytes, equal_chunks
 from ..ops.derivatives import differentiable_gradients
 from ..ops.merge import wide
@@ -145,8 +145,9 @@ def row_chunks(rows: torch.Tensor) -> List[slice]:
 
 def split_tokens(x: torch.Tensor, num_global_tokens: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return global tokens and map of a sequence [B, g + N, ...], as views whose backward fills no zeros."""
-    if is_captured():  # the number of tokens may be a symbol
-        return x[:, :num_global_tokens], x[:, num_global_tokens:]
+    if not torch.jit.is_scripting():
+        if is_captured() and not has_fixed_size(x):  # the number of tokens may be a symbol
+            return x[:, :num_global_tokens], x[:, num_global_tokens:]
     if num_global_tokens == 0:
         return x.new_empty(x[:, :0].shape), x
     global_tokens, tokens = x.split([num_global_tokens, x.shape[1] - num_global_tokens], dim=1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .indices import on_device
-from .windows import head_plan, tile_plan, tiles
+from .windows import group_plans, tile_plan, tiles
 
 __all__ = ['grouped_attention']
 
@@ -27,8 +27,8 @@ def grouped_attention(
     B, H, W, C = q.shape
     E, h, d = additional_kv.shape[1], num_heads, C // num_heads
     tile, = tiles(1, kv.shape[1], W, window_size, first_row, H, windows_per_tile=H * W)
-    plan = on_device(tile_plan, q.device, *tile.geometry, window_size, E, True)
-    by_head = on_device(head_plan, q.device, *tile.geometry, window_size, E, h, True)
+    plans = on_device(group_plans, q.device, *tile.geometry, window_size, E, h)
+    outputs = on_device(tile_plan, q.device, *tile.geometry, window_size, E, True).outputs
     kv = kv[:, tile.keys[1]]
     q = q.reshape(B, H * W, C)
     # scaled here, where there are fewest: OpenVINO would scale gathered keys, and ignores a `scale` without a mask
@@ -36,24 +36,21 @@ def grouped_attention(
     table: Optional[torch.Tensor] = None
     if bias is not None:
         q, scale = q * d ** -0.5, 1.
-        table = F.pad(bias.flatten(1), (0, 1)).index_select(1, plan.bias)  # [heads, entries]
+        table = F.pad(bias.flatten(1), (0, 1))
     rows = torch.cat([  # keys and values in turns
         kv.reshape(B, 2 * kv.shape[1] * W, C), additional_kv.reshape(B, 2 * E, C)], dim=1)
     head_rows = rows.reshape(B, rows.shape[1] * h, d)
-    outs, query, key, entry = [], 0, 0, 0
-    for n, L, S, num_biases in plan.groups:
-        queries, values = plan.queries[query:query + n * L], 2 * plan.keys[key:key + n * S] + 1
-        keys = by_head.keys[key * h:(key + n * S) * h]
+    outs = []
+    for n, L, S, num_biases, queries, keys, values, entries in plans:
         q_win = q.index_select(1, queries).reshape(B * n, L, h, d).transpose(1, 2)
         # engines fuse the transpose of queries and values, but not of keys
         k_win = head_rows.index_select(1, keys).reshape(B * n, h, S, d)
         v_win = rows.index_select(1, values).reshape(B * n, S, h, d).transpose(1, 2)
         mask: Optional[torch.Tensor] = None
         if table is not None:
-            mask = table[:, entry:entry + num_biases * L * S].reshape(h, num_biases, L, S).transpose(0, 1)
+            mask = table.index_select(1, entries).reshape(h, num_biases, L, S).transpose(0, 1)
             if num_biases > 1:
                 mask = mask.repeat(B, 1, 1, 1)
         out = F.scaled_dot_product_attention(q_win, k_win, v_win, attn_mask=mask, scale=scale)
         outs.append(out.transpose(1, 2).reshape(B, n * L, C))
-        query, key, entry = query + n * L, key + n * S, entry + num_biases * L * S
-    return torch.cat(outs, dim=1).index_select(1, plan.outputs).reshape(B, H, W, C)
+    return torch.cat(outs, dim=1).index_select(1, outputs).reshape(B, H, W, C)

@@ -11,7 +11,7 @@ __all__ = ['on_device']
 
 
 def on_device(make: Callable[..., Any], device: torch.device, *args: Any) -> Any:
-    """Return what a function of sizes makes, an array or a named tuple with arrays, as tensors on a device.
+    """Return what a function of sizes makes, an array, a named tuple with arrays or a tuple of such, on a device.
 
     Args:
         make: Remembers what it made.
@@ -32,6 +32,8 @@ def _kept(make: Callable[..., Any], device: torch.device, *args: Any) -> Any:
 def _to(device: torch.device, made: Any) -> Any:
     if isinstance(made, np.ndarray):
         return torch.from_numpy(made).to(device)
+    if type(made) is tuple:
+        return tuple(_to(device, each) for each in made)
     return made._replace(**{
         name: torch.from_numpy(value).to(device) for name, value in made._asdict().items()
         if isinstance(value, np.ndarray)})

@@ -15,10 +15,12 @@ from .capture import ceil_div
 __all__ = [
     'AxisSpan',
     'Group',
+    'GroupPlan',
     'HeadPlan',
     'Tile',
     'TilePlan',
     'axis_spans',
+    'group_plans',
     'halo_width',
     'head_plan',
     'key_index',
@@ -315,6 +317,44 @@ def head_plan(
     source = np.concatenate([source, source + num_heads])  # values lie behind keys
     counts = np.bincount(source, minlength=num_tokens * 2 * num_heads)
     return HeadPlan(order, _inverse(order), source, np.argsort(source, kind='stable'), np.cumsum(counts) - counts)
+
+
+class GroupPlan(NamedTuple):
+    """A group of a tile's windows with indices of its own: in graphs these are constants, a part of one is not."""
+
+    windows: int  # n
+    num_queries: int  # L, of a window
+    num_keys: int  # S, of a window, the additional ones included
+    num_biases: int  # 1 if all windows have the same, else n
+    queries: np.ndarray  # [n L]: in the flattened queries of the tile
+    keys: np.ndarray  # [n heads S]: in the flattened tokens [..., 2, heads]
+    values: np.ndarray  # [n S]: in the flattened tokens [..., 2]
+    bias: np.ndarray  # [biases L S]: as in `TilePlan`
+
+
+@lru_cache(maxsize=64)
+def group_plans(
+        images: int,
+        row_spans: Spans,
+        col_spans: Spans,
+        window_size: int,
+        num_additional: int,
+        num_heads: int,
+) -> Tuple[GroupPlan, ...]:
+    """Make the indices of each group of `tile_plan` with joined shapes."""
+    plan = tile_plan(images, row_spans, col_spans, window_size, num_additional, True)
+    by_head = head_plan(images, row_spans, col_spans, window_size, num_additional, num_heads, True)
+    plans, query, key, entry = [], 0, 0, 0
+    for n, L, S, num_biases in plan.groups:
+        keys = slice(key, key + n * S)
+        plans.append(GroupPlan(
+            n, L, S, num_biases,
+            plan.queries[query:query + n * L].copy(),  # torch saves no constants that share memory
+            by_head.keys[keys.start * num_heads:keys.stop * num_heads].copy(),
+            2 * plan.keys[keys] + 1,
+            plan.bias[entry:entry + num_biases * L * S].copy()))
+        query, key, entry = query + n * L, keys.stop, entry + num_biases * L * S
+    return tuple(plans)
 
 
 # Flat ranges, for graphs: no dimension is a count of windows, rows or columns alone. Those may be one, which a graph of
