@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.layers import use_fused_attn
 
 from ..ops.autocast import cast_once
-from ..ops.capture import is_captured
+from ..ops.capture import is_captured, is_compiled
 from ..ops.merge import attend_few, pool_tokens
 from ..ops.window_attention import window_attention
 from ..ops.windows import halo_width
@@ -177,7 +177,8 @@ class LongShortAttention(nn.Module):
         """Return queries, [B, g + N, C], and normalized keys and values, [B, g + N, 2, C], of all tokens."""
         B, N, C = x.shape[0], x.shape[1], self.dim
         q, kv = self.qkv(x).split([C, 2 * C], dim=-1)
-        if is_captured():  # engines fuse a norm of three dimensions
+        if is_captured() and not is_compiled():
+            # engines fuse a norm of three dimensions; inductor would write what it gives transposed
             return q, self.norm_kv(kv.reshape(B, 2 * N, C)).reshape(B, N, 2, C)
         return q, self.norm_kv(kv.reshape(B, N, 2, C))
 

@@ -20,9 +20,12 @@ def is_captured() -> bool:
 
 def is_compiled() -> bool:
     """Whether the graph that is being captured is compiled for this machine, not exported to another."""
-    # torch older than 2.7 does not tell compiling from exporting
-    is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
-    return torch.compiler.is_compiling() and not is_exporting()
+    if torch.jit.is_scripting():
+        return False
+    else:
+        # torch older than 2.7 does not tell compiling from exporting
+        is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+        return torch.compiler.is_compiling() and not is_exporting()
 
 
 def has_fixed_size(x: torch.Tensor) -> bool:
