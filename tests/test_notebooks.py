@@ -9,8 +9,8 @@ from paths import ROOT
 nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pip install 'timm-ls[notebooks]'")
 
 NOTEBOOKS = [
-    'attention_maps', 'detection', 'finetune', 'high_resolution', 'long_sequences', 'pretraining', 'quickstart',
-    'segmentation']
+    'attention_maps', 'deploy', 'detection', 'finetune', 'high_resolution', 'long_sequences', 'pretraining',
+    'quickstart', 'segmentation']
 # what a model of ours has to reach on held-out images, at least
 FIGURES = {'detection': {'box mAP@0.5': .6, 'mask mAP@0.5': .5}, 'segmentation': {'mIoU': .7}}
 
@@ -117,6 +117,17 @@ def test_pretraining_keeps_what_it_claims():
         assert min(means['views and regions'], means['views alone']) > means['random weights'] + .05
 
 
+def test_deploy_keeps_what_it_claims():
+    """Files say what the model says: all of it in float32, 99% and more in eight bits, in half the bytes."""
+    report = figures(read('deploy'))
+    assert report['held_out_images'] == 450
+    for name, result in report['results'].items():
+        assert result['accuracy'] >= .99 and result['agreement'] >= (.99 if '8 bits' in name else 1)
+    for engine in ('OpenVINO', 'ONNX Runtime'):
+        sizes = [report['results'][f'{engine}, {kind}']['kilobytes'] for kind in ('8 bits', 'float32')]
+        assert sizes[0] < .5 * sizes[1]
+
+
 @pytest.mark.parametrize('name', FIGURES)
 def test_detector_and_segmenter_keep_what_they_claim(name):
     """Good from scratch, beside a ResNet-18 that saw the same images, in twenty minutes of one core's time."""
@@ -166,6 +177,16 @@ def test_high_resolution_runs(execute):
     assert len(results) == 3
     for result in results.values():
         assert result['sides'] == [224, 256] and min(result['seconds']) > 0 and result['peak_mb'] == [None, None]
+
+
+@pytest.mark.slow
+def test_deploy_runs(execute):
+    """With a smaller backbone: every cell, both engines, the same classes."""
+    pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
+    pytest.importorskip('openvino', reason='openvino is not installed')
+    report = figures(execute('deploy', NOTEBOOK_STEPS='2'))
+    assert len(report['results']) == 5
+    assert min(result['agreement'] for result in report['results'].values()) >= .99
 
 
 @pytest.mark.slow
