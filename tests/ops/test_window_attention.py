@@ -495,6 +495,30 @@ def of_any_batch(layer, x):
         FirstOutput(layer), (x.expand(2, -1, -1, -1),), dynamic_shapes=({0: torch.export.Dim('batch')},))
 
 
+def test_indices_of_an_exported_graph_are_whole():
+    """None is cut from another: exporters compare all such operators in pairs, for minutes."""
+    layer = LongShortAttention2d(32, 2, window_size=4, rank=2)
+    program = torch.export.export(FirstOutput(layer), (torch.randn(2, 9, 14, 32),))
+    nodes = [node for node in program.graph.nodes if node.op == 'call_function']
+    operators = [(node.target, getattr(node.meta['val'], 'dtype', None)) for node in nodes]
+    assert (torch.ops.aten.index_select.default, torch.float32) in operators
+    assert (torch.ops.aten.slice.Tensor, torch.int64) not in operators
+
+
+def test_norm_of_keys_and_values_when_compiled():
+    """As they lie, [B, N, 2, C]: inductor writes what a norm of three dimensions gives transposed."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(LongShortAttention2d(32, 2, window_size=4, rank=2), backend=backend)(torch.randn(1, 9, 14, 32))
+    norms = [node for graph in graphs for node in graph.graph.nodes if node.target is F.layer_norm]
+    shapes = [tuple(node.args[0].meta['example_value'].shape) for node in norms]
+    assert shapes == [(1, 9 * 14, 2, 32), (1, 2, 2, 32)]  # and landmarks
+
+
 @pytest.mark.parametrize('function, expected, reason', [
     (in_training, 'masked', 'attention dropout is active'),
     (unfused, 'masked', "timm's fused attention is off"),
