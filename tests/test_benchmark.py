@@ -146,6 +146,17 @@ def test_turns(monkeypatch):
     assert [len(cell['seconds']) for cell in cells.values()] == [2, 2]
 
 
+def test_a_model_says_how_it_runs(monkeypatch, capsys):
+    """Executions of one model in turns, whatever `--execution` says of the others."""
+    ran = []
+    monkeypatch.setattr(benchmark, 'make_step', lambda model, where: lambda: ran.append(where.execution))
+    labels = ['compiled:test_cvt_ls', 'test_cvt_ls', 'eager:test_cvt_ls']
+    main([*labels, '--img-size', '64', '--execution', 'channels_last', '--no-memory', '--repeats', '1'])
+    assert ran == ['compiled', 'channels_last', 'eager', 'eager', 'compiled', 'channels_last', 'eager']
+    printed = capsys.readouterr().out
+    assert all(re.search(rf'64x64 +{label} +[\d.]+ ', printed) for label in labels)
+
+
 def test_engines(capsys, tmp_path):
     """Files of both engines run, and give the model's logits; what they cannot do is said."""
     for name, package in (('openvino', 'openvino'), ('onnxruntime', 'onnxscript')):
@@ -275,6 +286,8 @@ def test_reference(tmp_path, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     (['vil_ls_huge'], "unknown model 'vil_ls_huge'"),
+    (['eager:vil_ls_huge'], "unknown model 'vil_ls_huge'"),
+    (['jitted:vil_ls_tiny'], "unknown execution 'jitted' in 'jitted:vil_ls_tiny': expected one of eager, compiled"),
     (['--img-size', '16'], "'16' is no image size: expected a side or HEIGHTxWIDTH, from 32 pixels"),
     (['--img-size', '224x'], "'224x' is no image size"),
     (['--img-size', '22²'], "'22²' is no image size"),

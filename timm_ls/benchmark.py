@@ -6,7 +6,8 @@
         [--linear default onednn] [--device cuda] [--allocator tuned] [--baseline MODEL] [--json FILE] [--plot FILE]
 
 Models that share a setting are timed in turns, in one process; peak memory is measured in a process of its own for
-each. Ratios are medians of the ratios within a turn, so that a machine that slows down slows down both sides.
+each. Ratios are medians of the ratios within a turn, so that a machine that slows down slows down both sides. A model
+may say how it runs itself: `compiled:vil_ls_tiny_hires vil_ls_tiny_hires` compares two executions of one model.
 """
 import argparse
 import ctypes
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
@@ -111,8 +112,8 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     """Read and check the arguments, before anything is measured."""
     parser = argparse.ArgumentParser(
         prog='python -m timm_ls.benchmark', description='Speed and memory of models, ours and others, side by side.')
-    parser.add_argument('models', nargs='*', type=known_model, metavar='MODEL',
-                        help='timm model names (default: %(default)s)',
+    parser.add_argument('models', nargs='*', type=known_label, metavar='MODEL',
+                        help='timm model names, perhaps with an execution: compiled:vil_ls_tiny (default: %(default)s)',
                         default=['vil_ls_small_hires', 'swin_tiny_patch4_window7_224'])
     parser.add_argument('--reference', type=reference_folder, metavar='DIR',
                         help="the authors' imagenet/ folder: their code joins our models, with the same weights")
@@ -150,6 +151,16 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
     if args.allocator == 'tuned' and platform.libc_ver()[0] != 'glibc':
         parser.error('--allocator tuned is for glibc, which this system does not use')
     return args
+
+
+def known_label(text: str) -> str:
+    """The name of a model, perhaps with an execution in front, as in 'compiled:vil_ls_tiny'; a type of argument."""
+    execution, _, name = text.rpartition(':')
+    if execution and execution not in EXECUTIONS:
+        raise argparse.ArgumentTypeError(
+            f'unknown execution {execution!r} in {text!r}: expected one of {", ".join(EXECUTIONS)}')
+    known_model(name)
+    return text
 
 
 def image_size(text: str) -> Tuple[int, int]:
@@ -193,6 +204,12 @@ def build(label: str, setting: Setting) -> nn.Module:
         return timm.create_model(label, img_size=size)
     except TypeError:  # takes images of any size
         return timm.create_model(label)
+
+
+def apply_label(label: str, setting: Setting) -> Tuple[str, Setting]:
+    """The model that a label names, and the setting with the label's execution, if it names one."""
+    execution, _, name = label.rpartition(':')
+    return (name, replace(setting, execution=execution)) if execution in EXECUTIONS else (label, setting)
 
 
 def build_released(name: str, reference: str, size: Tuple[int, int]) -> nn.Module:
@@ -332,7 +349,8 @@ def summarize(cell: Dict[str, Any], base: Dict[str, Any], setting: Setting, matm
 
 def time_in_turns(cells: Dict[str, Dict[str, Any]], setting: Setting, repeats: int, progress: tqdm) -> None:
     """Time the models in turns, in both directions alternately; fill in the cells' seconds, macs and differences."""
-    if setting.execution == 'compiled':
+    labelled = {label: apply_label(label, setting) for label in cells}
+    if any(own.execution == 'compiled' for _, own in labelled.values()):
         torch.compiler.reset()
     models, steps, logits = {}, {}, {}
 
@@ -348,7 +366,7 @@ def time_in_turns(cells: Dict[str, Dict[str, Any]], setting: Setting, repeats: i
 
     for label in cells:
         torch.manual_seed(0)
-        models[label] = attempt(label, lambda label=label: build(label, setting))
+        models[label] = attempt(label, lambda label=label: build(*labelled[label]))
         ours = label.removeprefix(RELEASED)
         if models[label] is not None and models.get(ours) is not None and ours != label:
             models[ours].load_state_dict(models[label].state_dict())  # same weights
@@ -357,9 +375,9 @@ def time_in_turns(cells: Dict[str, Dict[str, Any]], setting: Setting, repeats: i
             cells[label]['macs'] = cells[label.removeprefix(RELEASED)]['macs']
         elif models[label] is not None:
             cells[label]['macs'] = macs(models[label], setting)
-        steps[label] = attempt(label, lambda label=label: make_step(models[label], setting))
+        steps[label] = attempt(label, lambda label=label: make_step(models[label], labelled[label][1]))
         logits[label] = attempt(label, lambda label=label: steps[label]())  # allocates, compiles
-        if setting.execution == 'eager' and cells[label]['error'] is None:
+        if labelled[label][1].execution == 'eager' and cells[label]['error'] is None:
             cells[label]['launches'] = attempt(label, lambda label=label: count_launches(steps[label]))
         progress.update()
     for turn in range(repeats):
@@ -410,7 +428,8 @@ def run_peak_memory(label: str, setting: Setting) -> Dict[str, Any]:
 def peak_memory(label: str, setting: Setting) -> Dict[str, Any]:
     """Bytes that one call takes above the process at rest, once everything that stays has been allocated."""
     try:
-        step = make_step(build(label, setting), setting)
+        name, setting = apply_label(label, setting)
+        step = make_step(build(name, setting), setting)
         step()
         if setting.device.startswith('cuda'):
             torch.cuda.reset_peak_memory_stats()
