@@ -9,8 +9,8 @@ from paths import ROOT
 nbformat = pytest.importorskip('nbformat', reason="nbformat is not installed: pip install 'timm-ls[notebooks]'")
 
 NOTEBOOKS = [
-    'attention_maps', 'deploy', 'detection', 'finetune', 'high_resolution', 'long_sequences', 'pretraining',
-    'quickstart', 'segmentation']
+    'attention_maps', 'deploy', 'detection', 'finetune', 'high_resolution', 'long_range', 'long_sequences',
+    'pretraining', 'quickstart', 'segmentation']
 # what a model of ours has to reach on held-out images, at least
 FIGURES = {'detection': {'box mAP@0.5': .6, 'mask mAP@0.5': .5}, 'segmentation': {'mIoU': .7}}
 
@@ -97,6 +97,24 @@ def test_high_resolution_keeps_what_it_claims():
     assert vit['time_exponent'] > ours['time_exponent'] + .3
 
 
+def test_long_range_keeps_what_it_claims():
+    """Marks are found at any distance with landmarks, not beyond the reach of windows, and not at 224 x 224."""
+    report = figures(read('long_range'))
+    assert report['share'] == 1 and report['seeds'] == 3
+    pairs, large = report['correct']['pairs'], report['correct']['large']
+    assert large['window and landmarks']['768'] > .7 and pairs['window and landmarks']['384'] > .8
+    text = (f"the other one {large['window and landmarks']['768']:.0%} of the time\n  with landmarks,"
+            f" {large['window only']['768']:.0%} without")
+    assert text in (ROOT / 'README.md').read_text()
+    for name in ('window only', 'Swin'):
+        assert large[name]['own'] > .95 and large[name]['768'] < .35
+        assert pairs['window and landmarks']['384'] > pairs[name]['384'] + .2
+    assert max(pairs['landmarks, image at 224'].values()) < .35
+    shares = report['landmarks_on_marks']
+    assert shares['trained'] > 3 * shares['random weights']
+    assert report['marks_found'] > .8
+
+
 def test_long_sequences_keeps_what_it_claims():
     """Linear where full attention is quadratic; models that learned; token by token the same as at once."""
     report = figures(read('long_sequences'))
@@ -177,6 +195,17 @@ def test_high_resolution_runs(execute):
     assert len(results) == 3
     for result in results.values():
         assert result['sides'] == [224, 256] and min(result['seconds']) > 0 and result['peak_mb'] == [None, None]
+
+
+@pytest.mark.slow
+def test_long_range_runs(execute):
+    """With a hundredth of the steps and one seed: every model, every figure, all marks answered by chance."""
+    report = figures(execute('long_range', NOTEBOOK_SHARE='.01'))
+    assert report['share'] == .01 and report['seeds'] == 1
+    assert set(report['correct']) == {'pairs', 'large', 'small_counting', 'counting'}
+    assert len(report['correct']['pairs']) == 5 and len(report['correct']['large']) == 3
+    assert all(0 <= value <= 1 for table in report['correct'].values() for row in table.values()
+               for value in row.values())
 
 
 @pytest.mark.slow
