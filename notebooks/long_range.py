@@ -8,7 +8,7 @@ run, which needs detail, and one that needs distance, as nothing near the mark t
 
 Shrunk from 512 x 512 to 224 x 224, the stripes are gray.
 
-    python notebooks/long_range.py FOLDER     # all that notebooks/long_range.ipynb shows; goes on where it was stopped
+    python notebooks/long_range.py FOLDER  # all that notebooks/long_range.ipynb shows; goes on where it was stopped
 
 trains every model into FOLDER, a process per core, or one after the other on a GPU; then
 `LONG_RANGE_RUNS=FOLDER jupyter nbconvert --execute ...` draws.
@@ -29,13 +29,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from shapes import random_crop
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from shapes import random_crop  # noqa: E402
-
-from timm_ls.vil_ls import VilLs  # noqa: E402
+from timm_ls.vil_ls import VilLs
 
 KINDS = 4  # directions that stripes run in: -, |, / and \
 MARK = 14  # pixels
@@ -285,7 +283,7 @@ def train(run: Run, device: str = 'cpu', start: Optional[Dict[str, torch.Tensor]
 
 @torch.no_grad()
 def evaluate(model: nn.Module, run: Run, device: str = 'cpu') -> Dict[str, float]:
-    """Share of right answers about the other end against distance, and about the mark itself, on held-out images."""
+    """Share of right answers on held-out images: about other marks, by distance, and about the mark itself, 'own'."""
     model.eval()
     rng = np.random.default_rng((2, run.size))  # the same images for all models
     correct: Dict[str, float] = {}

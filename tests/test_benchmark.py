@@ -32,8 +32,8 @@ from timm_ls.benchmark import (
 
 PEER = 'test_resnet'
 CELL_FIELDS = {
-    'model', 'kind', 'mode', 'batch_size', 'dtype', 'execution', 'height', 'width', 'linear', 'seconds', 'median_s',
-    'iqr_s', 'images_per_s', 'speed', 'peak_bytes', 'memory', 'macs', 'matmul_fraction', 'launches',
+    'model', 'comparison', 'kind', 'mode', 'batch_size', 'dtype', 'execution', 'height', 'width', 'linear', 'seconds',
+    'median_s', 'iqr_s', 'images_per_s', 'speed', 'peak_bytes', 'memory', 'macs', 'matmul_fraction', 'launches',
     'max_difference', 'error'}
 
 
@@ -146,15 +146,23 @@ def test_turns(monkeypatch):
     assert [len(cell['seconds']) for cell in cells.values()] == [2, 2]
 
 
-def test_a_model_says_how_it_runs(monkeypatch, capsys):
+def test_a_model_says_how_it_runs(monkeypatch, capsys, tmp_path):
     """Executions of one model in turns, whatever `--execution` says of the others."""
     ran = []
     monkeypatch.setattr(benchmark, 'make_step', lambda model, where: lambda: ran.append(where.execution))
     labels = ['compiled:test_cvt_ls', 'test_cvt_ls', 'eager:test_cvt_ls']
-    main([*labels, '--img-size', '64', '--execution', 'channels_last', '--no-memory', '--repeats', '1'])
+    report = tmp_path / 'report.json'
+    main([*labels, '--img-size', '64', '--execution', 'channels_last', '--no-memory', '--repeats', '1',
+          '--json', str(report)])
     assert ran == ['compiled', 'channels_last', 'eager', 'eager', 'compiled', 'channels_last', 'eager']
     printed = capsys.readouterr().out
     assert all(re.search(rf'64x64 +{label} +[\d.]+ ', printed) for label in labels)
+    assert printed.count('times faster and share of memory') == 1  # one table
+    for cell, execution in zip(json.loads(report.read_text())['cells'], ran[:3]):
+        assert cell['execution'] == execution and cell['kind'].endswith(execution)
+        assert cell['comparison'].endswith('channels_last')
+    monkeypatch.undo()
+    assert peak_memory('channels_last:test_vit', setting())['peak_bytes'] > 0
 
 
 def test_engines(capsys, tmp_path):

@@ -204,7 +204,11 @@ def test_readme_table_is_what_the_command_prints(monkeypatch, capsys):
     readme = (ROOT / 'README.md').read_text()
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('| `')]
     assert len(rows) == len(timm_ls_models())
+    catalogue = json.loads((ROOT / 'timm_ls' / 'pretrained' / 'catalogue.json').read_text())
+    published = {entry['architecture']: entry['published'] for entry in catalogue.values() if 'published' in entry}
     for row in rows:
+        accuracies = published.get(row.split('`')[1])
+        row += f" {accuracies['top1']:.3f} | {accuracies['top5']:.3f} |" if accuracies else ' | |'
         assert row in readme, row
 
 

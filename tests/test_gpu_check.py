@@ -1,7 +1,9 @@
 """The command for whoever has a GPU: everything that it does, on a CPU, with a few tokens."""
+import contextlib
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -66,6 +68,21 @@ def test_everything(left_out, monkeypatch, tmp_path):
     assert json.loads((tmp_path / 'overrides.json').read_text()) == pieces['overrides'] == gpu_check.overrides(data)
     tables = (tmp_path / 'report.md').read_text()
     assert all(f'\n## {name}\n' in tables for name in pieces) and '| test_vit |' in tables
+
+
+def test_profile(monkeypatch):
+    """Operators in the order of their own time, ten at most, as shares of all there are."""
+    times = [10, 700, 40, *[20] * 9, 70]
+    events = [Namespace(key=f'operator {i}', count=i, self_cpu_time_total=time) for i, time in enumerate(times)]
+    profile = contextlib.nullcontext(Namespace(key_averages=lambda: events))
+    monkeypatch.setattr(gpu_check.torch.profiler, 'profile', lambda activities: profile)
+    monkeypatch.setattr(gpu_check, 'make_step', lambda model, where: lambda: None)
+    monkeypatch.setattr(gpu_check, 'attention_implementation', lambda name: contextlib.nullcontext())
+    rows = list(gpu_check.profile_models(Namespace(device='cpu'), gpu_check.CPU, None))
+    assert [row['mode'] for row in rows] == ['forward'] * 10 + ['train'] * 10
+    for part in (rows[:10], rows[10:]):
+        assert [row['share'] for row in part] == [.7, .07, .04] + [.02] * 7
+        assert [row['calls'] for row in part[:3]] == [1, 12, 2] and part[0]['ms'] == .7
 
 
 @pytest.fixture

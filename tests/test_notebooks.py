@@ -103,8 +103,8 @@ def test_long_range_keeps_what_it_claims():
     assert report['share'] == 1 and report['seeds'] == 3
     pairs, large = report['correct']['pairs'], report['correct']['large']
     assert large['window and landmarks']['768'] > .7 and pairs['window and landmarks']['384'] > .8
-    text = (f"the other one {large['window and landmarks']['768']:.0%} of the time\n  with landmarks,"
-            f" {large['window only']['768']:.0%} without")
+    text = (f"768 pixels away, tiny models are right {large['window and landmarks']['768']:.0%} of the time with"
+            f" landmarks and {large['window only']['768']:.0%} without")
     assert text in (ROOT / 'README.md').read_text()
     for name in ('window only', 'Swin'):
         assert large[name]['own'] > .95 and large[name]['768'] < .35
@@ -199,7 +199,7 @@ def test_high_resolution_runs(execute):
 
 @pytest.mark.slow
 def test_long_range_runs(execute):
-    """With a hundredth of the steps and one seed: every model, every figure, all marks answered by chance."""
+    """With a hundredth of the steps and one seed: every cell, the same kinds of figures."""
     report = figures(execute('long_range', NOTEBOOK_SHARE='.01'))
     assert report['share'] == .01 and report['seeds'] == 1
     assert set(report['correct']) == {'pairs', 'large', 'small_counting', 'counting'}

@@ -154,7 +154,7 @@ def parse_arguments(argv: List[str]) -> argparse.Namespace:
 
 
 def known_label(text: str) -> str:
-    """The name of a model, perhaps with an execution in front, as in 'compiled:vil_ls_tiny'; a type of argument."""
+    """A label: the name of a model, perhaps with an execution in front, 'compiled:vil_ls_tiny'; a type of argument."""
     execution, _, name = text.rpartition(':')
     if execution and execution not in EXECUTIONS:
         raise argparse.ArgumentTypeError(
@@ -312,12 +312,14 @@ def compare(
         progress: tqdm,
 ) -> List[Dict[str, Any]]:
     """Measure all models in one setting; what does not run says why under 'error'."""
-    shared = {name: value for name, value in asdict(setting).items() if name not in ('device', 'reference')}
-    cells = {label: dict(
-        model=label, kind=setting.kind(), **shared, seconds=[], median_s=None, iqr_s=None, images_per_s=None,
-        speed=None, peak_bytes=None, memory=None, macs=None, matmul_fraction=None, launches=None, max_difference=None,
-        error=None,
-    ) for label in labels}
+    cells = {}
+    for label in labels:
+        _, own = apply_label(label, setting)
+        fields = {name: value for name, value in asdict(own).items() if name not in ('device', 'reference')}
+        cells[label] = dict(
+            model=label, comparison=setting.kind(), kind=own.kind(), **fields, seconds=[], median_s=None, iqr_s=None,
+            images_per_s=None, speed=None, peak_bytes=None, memory=None, macs=None, matmul_fraction=None, launches=None,
+            max_difference=None, error=None)
     for cell in cells.values():
         progress.set_description(f'{cell["model"]} {setting.height}x{setting.width}', refresh=True)
         if not args.no_memory:  # first: what would take this process down takes down another
@@ -512,16 +514,16 @@ def machine_line(machine: Dict[str, Any]) -> str:
 
 
 def print_report(report: Dict[str, Any]) -> None:
-    """Print a table per kind of setting, and how time and memory grow."""
+    """Print a table per comparison, and how time and memory grow."""
     def number(value: Optional[float], text: str) -> str:
         return '-' if value is None else format(value, text)
 
-    kind = None
+    comparison = None
     width = max(len(cell['model']) for cell in report['cells'])
     for cell in report['cells']:
-        if cell['kind'] != kind:
-            kind = cell['kind']
-            print(f'\n{kind}; times faster and share of memory against {report["baseline"]}')
+        if cell['comparison'] != comparison:
+            comparison = cell['comparison']
+            print(f'\n{comparison}; times faster and share of memory against {report["baseline"]}')
             print(f'{"size":>9}  {"model":{width}}  {"ms":>8}  {"IQR":>7}  {"images/s":>8}  {"faster":>6}'
                   f'  {"peak MiB":>8}  {"memory":>6}  of matmul  {"launches":>8}')
         head = f'{cell["height"]}x{cell["width"]}'.rjust(9) + f'  {cell["model"]:{width}}'
