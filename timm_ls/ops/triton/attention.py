@@ -338,7 +338,7 @@ def _backward(
     if E > 0:
         blocks = call.blocks('additional_grad')
         key_blocks = ceil_div(E, blocks.keys)
-        run = max(blocks.queries, ceil_div(rows * W, max(1, PROGRAMS // (B * num_heads * key_blocks))))
+        run = blocks.queries * ceil_div(rows * W, blocks.queries * max(1, PROGRAMS // (B * num_heads * key_blocks)))
         splits = ceil_div(rows * W, run)
         partial = torch.empty(B, splits, E, 2, C, dtype=torch.float32, device=q.device)
         call.run(

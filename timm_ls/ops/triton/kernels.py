@@ -423,11 +423,12 @@ def additional_grad_kernel(
     grad_k1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else D0], tl.float32)
     grad_v1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else D0], tl.float32)
     first = split * tokens_per_split
+    end = tl.minimum(first + tokens_per_split, tokens)
     zero = split * 0  # a map of one row
-    for start in range(first, tl.minimum(first + tokens_per_split, tokens), BLOCK_Q):
+    for start in range(first, end, BLOCK_Q):
         x = tl.arange(0, BLOCK_Q)
         q0, q1, g0, g1, log_total, row_sum = load_queries(
-            q, grad_out, lse, row_sums, image, zero, zero + start, zero, x, x < tokens - start, head, heads, 1, tokens,
+            q, grad_out, lse, row_sums, image, zero, zero + start, zero, x, x < end - start, head, heads, 1, tokens,
             q_image, 0, q_token, D, D0, D1)
         logits = dot_channels(k0, k1, q0, q1, D1, TF32) * scale
         grad_k0, grad_k1, grad_v0, grad_v1 = add_key_grads(
