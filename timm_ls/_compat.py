@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 __all__ = [
-    'cuda_driver_version',
     'default_store',
     'fake_mode',
     'feature_take_indices',
@@ -17,6 +16,7 @@ __all__ = [
     'functorch_is_active',
     'has_hooks',
     'http_get',
+    'is_exporting',
     'is_fake_mode',
     'is_in_forward_mode',
     'layer_norm_backward',
@@ -25,14 +25,16 @@ __all__ = [
 ]
 
 
-def cuda_driver_version() -> int:
-    """The version of CUDA that the driver knows, as a number; no public name tells anything of the driver."""
-    return torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-
-
+@torch.compiler.assume_constant_result  # compilers before torch 2.15 would keep the question in the graph
 def functorch_is_active() -> bool:
     """Whether a transform of `torch.func` is at work; it takes no autograd function of the old kind, nor in-place."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work; before torch 2.15, the public name says so of all compiled code."""
+    flag = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.compiler.is_compiling() if flag is None else flag  # torch 2.6 does not tell one from the other
 
 
 def is_in_forward_mode() -> bool:

@@ -7,7 +7,6 @@ with `python -m timm_ls.benchmark MODEL --linear default onednn`.
 """
 import math
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from ._compat import function_modes
-from .ops.capture import needs_plain_operations
+from .ops.capture import ContextSetting, needs_plain_operations
 
 __all__ = ['OneDnnLinear', 'linear_implementation']
 
 IMPLEMENTATIONS = ('default', 'onednn')
-_implementation: ContextVar[str] = ContextVar('timm_ls_linear_implementation', default='onednn')  # within OneDnnLinear
+_implementation: ContextSetting[str] = ContextSetting('timm_ls_linear_implementation', 'onednn')  # within OneDnnLinear
 MIN_TOKENS = 256  # fewer do not make up for the copy of the weights that oneDNN makes in each call
 MIN_ELEMENTS = 20480  # torch keeps convolutions of as many or fewer for its own code, which is slow
 MIN_SIDE = 8  # of the map that tokens are viewed as: the gradients of thinner ones are slow

@@ -33,7 +33,7 @@ def run(function, logits, qkv, heads):
     """Landmarks and gradients of both inputs."""
     logits, qkv = (x.detach().requires_grad_() for x in (logits, qkv))
     out = function(logits, qkv[..., qkv.shape[-1] // 3:].unflatten(-1, (2, -1)), heads)
-    weight = torch.linspace(-1, 2, out.numel(), device=out.device, dtype=out.dtype).sin().reshape(out.shape)
+    weight = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).sin().reshape(out.shape).to(out)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), [logits, qkv])]
 
 

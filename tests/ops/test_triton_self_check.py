@@ -4,6 +4,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from timm_ls import attention_implementation
 from timm_ls.ops.window_attention import recorded_choices, window_attention
 
 pytest.importorskip('triton', reason='triton is not installed: torch brings it along on Linux only')
-from timm_ls.ops.triton import attention, kernels, self_check  # noqa: E402
+from timm_ls.ops.masked import plain_attention  # noqa: E402
+from timm_ls.ops.merge import pool_plain  # noqa: E402
+from timm_ls.ops.triton import attention, kernels, landmarks, self_check  # noqa: E402
 
 CPU = torch.device('cpu')
 CALL = ('window attention', CPU, torch.float32, 5, 8, True)
@@ -299,4 +302,39 @@ def test_cases(window):
     assert any(case.height % window for case in cases) or window == 1
     assert any(0 < case.first_row < case.height and case.first_row % window == 0 for case in cases)
     assert any(case.height < window + p and case.width < window + p for case in cases) or window == 1
-    assert {case.has_bias for case in cases} == {True, False} and 0 in {case.num_additional for case in cases}
+    assert {case.has_bias for case in cases} == {True, False}
+    assert 0 in {case.num_additional for case in cases} or window == 1
+
+
+@pytest.mark.parametrize('kind, size', [('window attention', 1), ('window attention', 2), ('window attention', 7),
+                                        ('landmarks', 8)])
+def test_nothing_compared_is_zero(kind, size, monkeypatch):
+    """A gradient that is zero but for rounding differs from itself, on a device that rounds otherwise."""
+    seen = []
+    monkeypatch.setattr(self_check, 'relative_error', lambda x, y: seen.append(y) or 0.)
+    monkeypatch.setattr(attention, 'triton_attention', plain_attention)
+    monkeypatch.setattr(landmarks, 'triton_pool_tokens', pool_plain)
+    assert len(list(self_check.DIFFERENCES[kind](CPU, torch.float32, size, 8, True))) == len(seen) > 5
+    assert min(y.abs().max().item() for y in seen if y.numel() > 0) > 1e-2
+
+
+@pytest.mark.parametrize('driver', [13000, None])
+def test_devices_have_names(driver, monkeypatch):
+    """A record tells devices and drivers apart, whatever torch calls them; without the driver's library it has none."""
+    def load(name):
+        if driver is None:
+            raise OSError(name)
+
+        def version(pointer):
+            pointer._obj.value = driver
+        return SimpleNamespace(cuDriverGetVersion=version)
+
+    monkeypatch.setattr(self_check.ctypes, 'CDLL', load)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'a GPU')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    self_check.driver_version.cache_clear()
+    try:
+        described = self_check.describe_device(torch.device('cuda', 0))
+    finally:
+        self_check.driver_version.cache_clear()
+    assert described == dict(device='a GPU', capability=[9, 0], driver=driver or 0)

@@ -7,10 +7,16 @@ import torch
 __all__ = ['cast_once', 'is_autocast', 'without_autocast']
 
 
+@torch.compiler.assume_constant_result
+def has_autocast(device_type: str) -> bool:
+    """Return whether there is autocast for a type of device; torch before 2.15 cannot compile its own question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
 def is_autocast(x: torch.Tensor) -> bool:
     """Return whether operations on `x` run under autocast."""
     device_type = x.device.type
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(x: torch.Tensor) -> ContextManager[Any]:

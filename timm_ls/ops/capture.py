@@ -1,10 +1,45 @@
 """What the forward pass has to know of those who capture it, and arithmetic that they can follow."""
+from contextvars import ContextVar, Token
+from typing import Generic, TypeVar
+
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from .._compat import functorch_is_active, is_in_forward_mode
+from .._compat import functorch_is_active, is_exporting, is_in_forward_mode
 
-__all__ = ['ceil_div', 'has_fixed_size', 'is_captured', 'is_compiled', 'needs_plain_operations']
+__all__ = ['ContextSetting', 'ceil_div', 'has_fixed_size', 'is_captured', 'is_compiled', 'needs_plain_operations']
+
+
+T = TypeVar('T')
+COMPILES_CONTEXT_VARIABLES = torch.__version__ >= '2.15'
+
+
+class ContextSetting(Generic[T]):
+    """A context variable that compiled code reads too: when it changes, that is compiled again.
+
+    Older compilers know no context variables. With them compiled code reads what was set last, in whichever thread.
+    """
+
+    def __init__(self, name: str, default: T):
+        self.variable: ContextVar[T] = ContextVar(name, default=default)
+        self.latest = default
+
+    def get(self) -> T:
+        """Return the value."""
+        if torch.compiler.is_dynamo_compiling() and not COMPILES_CONTEXT_VARIABLES:
+            return self.latest
+        return self.variable.get()
+
+    def set(self, value: T) -> 'Token[T]':
+        """Set the value; return what `reset` takes."""
+        token = self.variable.set(value)
+        self.latest = value
+        return token
+
+    def reset(self, token: 'Token[T]') -> None:
+        """Undo what `set` did."""
+        self.variable.reset(token)
+        self.latest = self.variable.get()
 
 
 def is_captured() -> bool:
@@ -23,8 +58,6 @@ def is_compiled() -> bool:
     if torch.jit.is_scripting():
         return False
     else:
-        # torch older than 2.7 does not tell compiling from exporting
-        is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
         return torch.compiler.is_compiling() and not is_exporting()
 
 

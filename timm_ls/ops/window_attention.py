@@ -13,13 +13,12 @@ was measured on a kind of GPU is in a table (`overrides.py`): the fastest there 
 """
 import os
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 
-from .capture import has_fixed_size, is_captured, is_compiled, needs_plain_operations
+from .capture import ContextSetting, has_fixed_size, is_captured, is_compiled, needs_plain_operations
 from .grouped import grouped_attention
 from .masked import masked_attention
 from .overrides import override
@@ -110,8 +109,8 @@ FUSED_IS_OFF = "timm's fused attention is off (exportable=True, TIMM_FUSED_ATTN=
 PLAIN_IS_NEEDED = 'torch.func or forward-mode derivatives need plain operations'
 TRITON_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'  # then its kernels run on any device
 _implementations: List[Implementation] = []
-_forced: ContextVar[str] = ContextVar('timm_ls_attention_implementation', default='auto')
-_recorded: ContextVar[Optional[List[Choice]]] = ContextVar('timm_ls_recorded_choices', default=None)
+_forced: ContextSetting[str] = ContextSetting('timm_ls_attention_implementation', 'auto')
+_recorded: ContextSetting[Optional[List[Choice]]] = ContextSetting('timm_ls_recorded_choices', None)
 
 
 def register_implementation(implementation: Implementation) -> None:
