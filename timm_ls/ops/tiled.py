@@ -6,11 +6,13 @@ is of a bounded size. The backward pass keeps nothing but the inputs and recompu
 
 On a CPU, windows of 2 are attended two by two: masked is what belongs to the other three alone.
 """
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._compat import softmax_backward
 from .chunks import chunk_bytes
@@ -20,6 +22,9 @@ from .masked import plain_attention
 from .windows import Tile, halo_width, head_plan, tile_plan, tiles
 
 __all__ = ['joinable_windows', 'tiled_attention', 'tiled_operator']
+
+# cuDNN's kernel reads a mask 16 bytes at a time, wherever it begins: a fault after which the process has no GPU
+CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def tiled_attention(
@@ -123,13 +128,14 @@ def attend_tile(
     keys = _tokens(kv, additional_kv, tile).index_select(0, plan.keys).unflatten(1, (2, num_heads, -1))
     bias = tile_bias.of(tile, plan)
     outs, query, key, entry = [], 0, 0, 0
-    for n, L, S, _ in plan.groups:
-        q_win = queries[query:query + n * L].unflatten(0, (n, L)).transpose(1, 2)  # [n, heads, L, d]
-        k_win, v_win = keys[key:key + n * S].unflatten(0, (n, S)).permute(2, 0, 3, 1, 4)  # [n, heads, S, d]
-        mask = None if bias is None else bias[None, :, entry:entry + L * S].unflatten(2, (L, S))
-        out = F.scaled_dot_product_attention(q_win, k_win, v_win, attn_mask=mask)
-        outs.append(out.transpose(1, 2).reshape(n * L, C))
-        query, key, entry = query + n * L, key + n * S, entry + L * S
+    with sdpa_kernel(CUDA_KERNELS) if q.is_cuda else nullcontext():
+        for n, L, S, _ in plan.groups:
+            q_win = queries[query:query + n * L].unflatten(0, (n, L)).transpose(1, 2)  # [n, heads, L, d]
+            k_win, v_win = keys[key:key + n * S].unflatten(0, (n, S)).permute(2, 0, 3, 1, 4)  # [n, heads, S, d]
+            mask = None if bias is None else bias[None, :, entry:entry + L * S].unflatten(2, (L, S))
+            out = F.scaled_dot_product_attention(q_win, k_win, v_win, attn_mask=mask)
+            outs.append(out.transpose(1, 2).reshape(n * L, C))
+            query, key, entry = query + n * L, key + n * S, entry + L * S
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return out.index_select(0, plan.outputs).view(q.shape)
 

@@ -57,35 +57,41 @@ def landmark_kernel(
 @triton.jit(do_not_specialize=['splits'])
 def merge_kernel(
         partial, partial_lse, out, lse, splits,
-        RANK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+        RANK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
-    """Landmarks of all tokens, [B, rank, 2, C], from those of runs, each weighted by its share of the softmax."""
+    """Landmarks of all tokens, [B, rank, 2, C], from those of runs, each weighted by its share of the softmax.
+
+    A program merges the keys or the values of one landmark for one head.
+    """
     head, heads = tl.program_id(1), tl.num_programs(1)
-    image = (tl.program_id(0) // 2).to(tl.int64)
     part = tl.program_id(0) % 2
-    rank = tl.arange(0, BLOCK_K)
-    valid = rank < RANK
-    highest = tl.full([BLOCK_K], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_K], tl.float32)
-    sum0 = tl.zeros([BLOCK_K, D0], tl.float32)
-    sum1 = tl.zeros([BLOCK_K, D1 if D1 > 0 else D0], tl.float32)
-    for split in range(0, splits):
+    landmark = tl.program_id(0) // 2
+    image, rank = (landmark // RANK).to(tl.int64), landmark % RANK
+    highest, total = -1e30, 0.
+    sum0 = tl.zeros([D0], tl.float32)
+    sum1 = tl.zeros([D1 if D1 > 0 else D0], tl.float32)
+    for start in range(0, splits, BLOCK_Q):
+        split = start + tl.arange(0, BLOCK_Q)
+        valid = split < splits
         run = image * splits + split
-        run_lse = tl.load(partial_lse + (run * heads + head) * RANK + rank, mask=valid, other=-1e30)
-        new_highest = tl.maximum(highest, run_lse)
+        run_lse = tl.load(partial_lse + (run * heads + head) * RANK + rank, mask=valid, other=float('-inf'))
+        new_highest = tl.maximum(highest, tl.max(run_lse, 0))
         weight = tl.exp2(run_lse - new_highest)
         shrink = tl.exp2(highest - new_highest)
         highest = new_highest
-        total = total * shrink + weight
-        at = head_at(partial, ((run * RANK * 2 + part) * heads + head) * D, D) + rank * (2 * heads * D)
-        x0, x1 = load_channels(at, valid, D, D0, D1)
-        sum0 = sum0 * shrink[:, None] + x0 * weight[:, None]
+        total = total * shrink + tl.sum(weight, 0)
+        rows = head_at(partial, (((run * RANK + rank) * 2 + part) * heads + head) * D, D)
+        x0, x1 = load_channels(rows, valid, D, D0, D1)
+        sum0 = sum0 * shrink + tl.sum(x0 * weight[:, None], 0)
         if D1 > 0:
-            sum1 = sum1 * shrink[:, None] + x1 * weight[:, None]
-    share = (1 / total)[:, None]
-    at = head_at(out, ((image * RANK * 2 + part) * heads + head) * D, D) + rank * (2 * heads * D)
-    store_channels(at, sum0 * share, sum1 * share, valid, D, D0, D1)
-    tl.store(lse + (image * heads + head) * RANK + rank, highest + tl.log2(total), mask=valid)
+            sum1 = sum1 * shrink + tl.sum(x1 * weight[:, None], 0)
+    at = out + (((image * RANK + rank) * 2 + part) * heads + head) * D
+    channel = tl.arange(0, D0)
+    tl.store(at + channel, sum0 / total, mask=channel < D)
+    if D1 > 0:
+        channel = D0 + tl.arange(0, D1)
+        tl.store(at + channel, sum1 / total, mask=channel < D)
+    tl.store(lse + (image * heads + head) * RANK + rank, highest + tl.log2(total), mask=part == 0)
 
 
 @triton.jit(do_not_specialize=[
