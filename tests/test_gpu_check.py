@@ -46,12 +46,13 @@ def test_everything(left_out, monkeypatch, tmp_path):
         assert max(row['logits'], row['gradients']) < (.03 if 'autocast' in name else 1e-5), row
 
     attention = {(row['implementation'], row['map']): row for row in pieces['attention']}
-    assert set(attention) == {(name, side) for name in gpu_check.attentions(torch.device('cpu')) for side in (8, 4)}
+    assert set(attention) == {
+        (name, side) for name in gpu_check.IMPLEMENTATIONS + gpu_check.OTHERS for side in (8, 4)}
     for (name, _), row in attention.items():
         assert 'error' in row if name == 'natten' else row['forward_ms'] > 0
         assert ('train_ms' in row) == (name in gpu_check.IMPLEMENTATIONS)
 
-    models = [f'test_vil_ls/{name}' for name in gpu_check.IMPLEMENTATIONS] + ['test_vit']
+    models = ['test_vil_ls/triton', 'test_vil_ls/masked', 'test_vit']
     assert [(row['model'], row['mode'], row['batch']) for row in pieces['models']] == [
         (model, mode, 1) for mode in ('forward', 'train') for model in models]
     assert all(row['ms'] > 0 and row['images_per_s'] == pytest.approx(1e3 / row['ms']) for row in pieces['models'])
@@ -90,6 +91,7 @@ def pieces(monkeypatch):
     """Pieces to be filled in by a test."""
     pieces = {}
     monkeypatch.setattr(gpu_check, 'PIECES', pieces)
+    monkeypatch.setattr(gpu_check, 'SHARES', dict(first=.5, second=.5, bad=.5, good=.5))
     monkeypatch.setattr(gpu_check.triton_attention, 'is_interpreted', lambda: True)
     monkeypatch.setattr(gpu_check, 'describe_machine', lambda *args: dict(device='a GPU', torch='2', timm='1'))
     return pieces
@@ -117,21 +119,37 @@ def test_candidates():
             assert warps & (warps - 1) == 0
 
 
-def test_minutes(pieces, tmp_path, monkeypatch):
-    """When they are over, tables are written of what there is, and of what is missing."""
+@pytest.mark.parametrize('minutes, first, unfinished', [
+    (1, 1, ['first', 'second']),
+    (3, 4, ['first']),  # three rows are the share of the first, the fourth comes after the second
+    (4, 4, []),
+])
+def test_minutes(minutes, first, unfinished, pieces, tmp_path, monkeypatch):
+    """Each piece has its share; then they go on; when all is over, tables are written, and what is missing is said."""
     now = [0.]
     monkeypatch.setattr(gpu_check.time, 'monotonic', lambda: now[0])
 
-    def piece(args, scale, report):
-        for n in range(3):
-            now[0] += 70
-            yield dict(value=n)
+    def piece(number):
+        def rows(args, scale, report):
+            for _ in range(number):
+                now[0] += 40
+                yield dict(time=now[0])
+        return rows
 
-    pieces.update(first=piece, second=piece)
-    gpu_check.main([*ON_CPU, '--out', str(tmp_path), '--minutes', '3'])
+    pieces.update(first=piece(4), second=piece(1))
+    gpu_check.main([*ON_CPU, '--out', str(tmp_path), '--minutes', str(minutes)])
     data = read(tmp_path)
-    assert data['unfinished'] == ['first', 'second'] and len(data['pieces']['first']) == 3
-    assert 'Not finished in 3 minutes: first, second.' in (tmp_path / 'report.md').read_text()
+    assert data['unfinished'] == unfinished
+    assert [len(data['pieces'][name]) for name in ('first', 'second')] == [first, 1]
+    if first == 4:
+        assert [row['time'] for row in data['pieces']['first']] == [40, 80, 120, 200]
+    words = f'Not finished in {minutes} minutes: {", ".join(unfinished)}.'
+    assert (words in (tmp_path / 'report.md').read_text()) == bool(unfinished)
+
+
+def test_shares():
+    """Every piece has one, and they are the whole."""
+    assert list(gpu_check.SHARES) == list(gpu_check.PIECES) and sum(gpu_check.SHARES.values()) == pytest.approx(1)
 
 
 def test_a_piece_that_fails(pieces, tmp_path):

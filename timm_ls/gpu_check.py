@@ -2,21 +2,22 @@
 
     python -m timm_ls.gpu_check [--minutes 8] [--out DIR] [--reference DIR] [--device cuda]
 
-Goes through `PIECES`, the most valuable first, and writes DIR/report.json after every row, so that what was measured
-survives being cut off. At the end, or when the minutes are over, it writes tables to DIR/report.md, and to
-DIR/overrides.json where another implementation than the kernel is faster.
+Goes through `PIECES`, each for its share of the minutes, and then, while there is time, through what they left. Writes
+DIR/report.json after every row, so that what was measured survives being cut off, and at the end tables to
+DIR/report.md, and to DIR/overrides.json where another implementation than the kernel is faster.
 
 With `--device cpu`, in a process with TRITON_INTERPRET=1, it does the same with a few tokens: to see that it runs.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,7 +38,7 @@ from .ops.windows import halo_width
 __all__ = ['main']
 
 Row = Dict[str, Any]
-IMPLEMENTATIONS = ('triton', 'masked', 'tiled')
+IMPLEMENTATIONS, OTHERS = ('triton', 'masked', 'tiled'), ('flex_attention', 'natten')
 PEERS = (
     'swin_small_patch4_window7_224', 'swinv2_small_window8_256', 'convnext_small', 'hiera_small_224',
     'vit_small_patch16_224')
@@ -48,6 +49,7 @@ class Scale(NamedTuple):
     """What is measured, on a GPU or, to see that it runs, on a CPU."""
 
     model: str
+    compiled_model: str  # a small one, of which a compiled training step is to be right
     peers: Tuple[str, ...]
     image_sizes: Tuple[int, ...]
     kernels: Tuple[Tuple[int, int], ...]  # windows and head widths
@@ -59,10 +61,10 @@ class Scale(NamedTuple):
 
 
 GPU = Scale(
-    'vil_ls_medium_hires', PEERS, (1024, 224, 2048, 512),
+    'vil_ls_medium_hires', 'test_vil_ls', PEERS, (1024, 224, 2048, 512),
     ((7, 32), (7, 64), (2, 80), (8, 32), (4, 64), (3, 16), (1, 32), (5, 48), (6, 96), (9, 24), (10, 128), (14, 64)),
-    ('bfloat16', 'float32', 'float16'), ('eager', 'compiled'), 'inductor', 1., 256)
-CPU = Scale('test_vil_ls', ('test_vit',), (32,), ((5, 8),), ('float32',), ('eager',), 'aot_eager', 0., 1)
+    ('bfloat16', 'float32', 'float16'), ('eager', 'compiled'), 'inductor', .3, 64)
+CPU = Scale('test_vil_ls', 'test_vil_ls', ('test_vit',), (32,), ((5, 8),), ('float32',), ('eager',), 'aot_eager', 0., 1)
 
 
 class Report:
@@ -70,12 +72,16 @@ class Report:
 
     def __init__(self, folder: Path, minutes: float, machine: Row):
         self.folder = folder
-        self.end = time.monotonic() + 60 * minutes
+        self.end = self.piece_end = time.monotonic() + 60 * minutes
         self.data: Dict[str, Any] = dict(machine=machine, minutes=minutes, unfinished=[], pieces={})
 
+    def start_piece(self, share: float) -> None:
+        """Give a piece some of the time that is left."""
+        self.piece_end = time.monotonic() + share * (self.end - time.monotonic())
+
     def left(self) -> float:
-        """Seconds until the time is over."""
-        return self.end - time.monotonic()
+        """Seconds until the time of the piece is over."""
+        return self.piece_end - time.monotonic()
 
     def add(self, piece: str, rows: Sequence[Row]) -> None:
         """Add rows to a piece and write everything."""
@@ -115,23 +121,37 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     gpu = gpu_family(device) if device.type == 'cuda' else 'none'
     machine = dict(describe_machine(args.device, scale.dtypes), gpu=gpu, triton=triton_attention.triton.__version__)
     report = Report(args.out, args.minutes, machine)
-    for name, piece in PIECES.items():
-        rows = piece(args, scale, report)
-        while True:
-            if report.left() <= 0:
-                report.data['unfinished'].append(name)
-                break
-            try:
-                row = next(rows, None)
-            except Exception as error:  # one piece that fails leaves the others
-                row = dict(error=f'{type(error).__name__}: {error}'[:500])
-            if row is None:
-                break
-            report.add(name, [row])
-            print(f'{name}: {line(row)}', flush=True)
+    unfinished = {name: piece(args, scale, report) for name, piece in PIECES.items()}
+    for is_second in (False, True):  # the second time, each may take all that is left
+        to_come = list(unfinished)
+        while to_come:
+            report.start_piece(1. if is_second else SHARES[to_come[0]] / sum(SHARES[name] for name in to_come))
+            name = to_come.pop(0)
+            if run_piece(name, unfinished[name], report):
+                del unfinished[name]
+    report.data['unfinished'] = list(unfinished)
     report.add('overrides', overrides(report.data))
     write(args.out / 'overrides.json', json.dumps(report.data['pieces']['overrides'], indent=1))
     write(args.out / 'report.md', markdown(report.data))
+
+
+def run_piece(name: str, rows: Iterator[Row], report: Report) -> bool:
+    """Add the rows of a piece while it has time; return whether these were all."""
+    while report.left() > 0:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # one piece that fails leaves the others
+            row = dict(error=describe(error))
+        if row is None:
+            return True
+        report.add(name, [row])
+        print(f'{name}: {line(row)}', flush=True)
+    return False
+
+
+def describe(error: Exception) -> str:
+    """What an error says on its first line."""
+    return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0][:300]}'
 
 
 # Pieces: generators of rows
@@ -151,9 +171,14 @@ def check_kernels(args: argparse.Namespace, scale: Scale, report: Report) -> Ite
             return dict(call, error=(result.stderr.strip() or 'killed').splitlines()[-1][:300])
         return dict(call, **json.loads(result.stdout.splitlines()[-1]))
 
-    with ThreadPoolExecutor(min(8, max(1, (os.cpu_count() or 1) // 2))) as pool:
+    with ThreadPoolExecutor(num_processes()) as pool:
         for future in as_completed([pool.submit(run, *call) for call in calls]):
             yield future.result()
+
+
+def num_processes() -> int:
+    """How many may compile kernels at a time."""
+    return max(1, min(16, (os.cpu_count() or 1) - 2))
 
 
 def kernel_row(device_name: str, dtype_name: str, window: int, head_dim: int) -> Row:
@@ -161,7 +186,8 @@ def kernel_row(device_name: str, dtype_name: str, window: int, head_dim: int) ->
     device, dtype = torch.device(device_name), getattr(torch, dtype_name)
     start = time.perf_counter()
     errors: Dict[str, float] = {}
-    for _, name, error in self_check.attention_differences(device, dtype, window, head_dim, needs_grad=True):
+    large = [self_check.Case(1, 190, 190, 9, True)] * (device.type == 'cuda')  # several blocks in every loop
+    for _, name, error in self_check.attention_differences(device, dtype, window, head_dim, True, large):
         errors[name] = max(error, errors.get(name, 0.), key=lambda e: (e != e, e))  # NaN is the worst
     case = self_check.Case(1, window + 1, 2 * window + 1, 3, True)
     inputs = self_check.make_inputs(case, device, dtype, window, 2, head_dim)
@@ -180,10 +206,12 @@ def check_modes(args: argparse.Namespace, scale: Scale, report: Report) -> Itera
     size = min(scale.image_sizes)
     for name, mode in modes(scale).items():
         start = time.perf_counter()
+        model = scale.compiled_model if name == 'compiled' else scale.model
         try:
-            kernel, masked = (mode(form, scale.model, size, device) for form in ('triton', 'masked'))
+            kernel, masked = (
+                [x.cpu() for x in mode(form, model, size, device)] for form in ('triton', 'masked'))
         except Exception as error:  # each is worth knowing
-            yield dict(mode=name, error=f'{type(error).__name__}: {error}'[:300])
+            yield dict(mode=name, error=describe(error))
             continue
         # all gradients as one: some are zero but for rounding
         grads, wanted = (torch.cat([x.flatten() for x in (*xs[1:], xs[0][:0])]) for xs in (kernel, masked))
@@ -238,6 +266,11 @@ def run_distributed(implementation: str, name: str, size: int, device: torch.dev
         return run_model(implementation, name, size, device, prepare=torch.nn.parallel.DistributedDataParallel)
 
 
+def run_beside_cpu(implementation: str, name: str, size: int, device: torch.device) -> List[torch.Tensor]:
+    """`run_model`, of the masked form on the CPU."""
+    return run_model(implementation, name, size, torch.device('cpu') if implementation == 'masked' else device)
+
+
 def run_graph(implementation: str, name: str, size: int, device: torch.device) -> List[torch.Tensor]:
     """Logits of a captured CUDA graph, of other images than those it was captured with."""
     if device.type != 'cuda':
@@ -259,13 +292,14 @@ def modes(scale: Scale) -> Dict[str, Callable[..., List[torch.Tensor]]]:
     """The ways to run a model, from an implementation, a model's name, an image size and a device."""
     return {
         'float32': run_model,
+        'float32, the masked form on the CPU': run_beside_cpu,
         'autocast bfloat16': partial(run_model, dtype=torch.bfloat16),
         'autocast float16': partial(run_model, dtype=torch.float16),
         'channels_last': partial(run_model, memory_format=torch.channels_last),
         'gradient checkpointing': partial(run_model, prepare=checkpointed),
-        'compiled': partial(run_model, prepare=partial(torch.compile, backend=scale.compiler)),
         'CUDA graph': run_graph,
         'DistributedDataParallel': run_distributed,
+        'compiled': partial(run_model, prepare=partial(torch.compile, backend=scale.compiler)),
     }
 
 
@@ -296,18 +330,21 @@ def stages(scale: Scale, size: int) -> List[Stage]:
 def time_attention(args: argparse.Namespace, scale: Scale, report: Report) -> Iterator[Row]:
     """Attention alone, in each stage of the model, beside what its bytes and its products take at least."""
     device = torch.device(args.device)
-    for dtype in scale.dtypes:
-        for size in scale.image_sizes:
-            for stage in stages(scale, size):
-                inputs = stage_inputs(stage, device, getattr(torch, dtype))
-                for name, attend in attentions(device).items():
-                    shared = dict(
-                        image_size=size, map=stage.side, channels=stage.dim, head_dim=stage.dim // stage.num_heads,
-                        window=stage.window_size, batch=stage.batch, dtype=dtype, implementation=name)
-                    try:
-                        yield dict(shared, **attention_times(attend, inputs, stage, scale, name in IMPLEMENTATIONS))
-                    except Exception as error:  # other people's, or out of memory
-                        yield dict(shared, error=describe_error(error))
+    settings = [(dtype, size) for dtype in scale.dtypes for size in scale.image_sizes]
+    calls = [(*setting, names) for names in (('triton', 'masked'), ('tiled',)) for setting in settings]
+    calls.insert(len(scale.image_sizes), (*settings[0], OTHERS))  # these compile for long: once is enough
+    for dtype, size, names in calls:
+        for stage in stages(scale, size):
+            inputs = stage_inputs(stage, device, getattr(torch, dtype))
+            for name in names:
+                shared = dict(
+                    image_size=size, map=stage.side, channels=stage.dim, head_dim=stage.dim // stage.num_heads,
+                    window=stage.window_size, batch=stage.batch, dtype=dtype, implementation=name)
+                try:
+                    attend = attention(name, device)
+                    yield dict(shared, **attention_times(attend, inputs, stage, scale, name in IMPLEMENTATIONS))
+                except Exception as error:  # other people's, or out of memory
+                    yield dict(shared, error=describe_error(error))
 
 
 def stage_inputs(stage: Stage, device: torch.device, dtype: torch.dtype) -> List[torch.Tensor]:
@@ -318,18 +355,17 @@ def stage_inputs(stage: Stage, device: torch.device, dtype: torch.dtype) -> List
     return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def attentions(device: torch.device) -> Dict[str, Callable[..., torch.Tensor]]:
-    """Ours, and others of the kind, from queries, keys, additional keys and a bias."""
-    def ours(name: str) -> Callable[..., torch.Tensor]:
-        def attend(*call: Any) -> torch.Tensor:
-            with attention_implementation(name):
-                return window_attention(*call)
-        return attend
+def attention(name: str, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Ours or one of others, from queries, keys, additional keys and a bias."""
+    if name == 'flex_attention':
+        return FlexAttention(compiled=device.type == 'cuda')
+    if name == 'natten':
+        return neighborhood_attention
 
-    found = {name: ours(name) for name in IMPLEMENTATIONS}
-    found['flex_attention'] = FlexAttention(compiled=device.type == 'cuda')
-    found['natten'] = neighborhood_attention
-    return found
+    def ours(*call: Any) -> torch.Tensor:
+        with attention_implementation(name):
+            return window_attention(*call)
+    return ours
 
 
 def attention_times(
@@ -339,14 +375,14 @@ def attention_times(
         scale: Scale,
         trains: bool,
 ) -> Row:
-    """Milliseconds forward and with the backward pass, as multiples of the least, and memory."""
+    """Milliseconds of the device forward and with the backward pass, as multiples of the least, and memory."""
     qkv = inputs[0]
     tokens, C = qkv[..., 0].numel(), stage.dim
     keys = (stage.window_size + 2 * halo_width(stage.window_size)) ** 2 + stage.num_additional
     row = {}
     for name, maps, products in (('forward', 4, 2), ('train', 12, 7))[:1 + trains]:
         step = partial(attention_step, attend, inputs, stage, name == 'train')
-        seconds, peak = measure(step, qkv.device, scale.seconds)
+        seconds, peak = measure_graph(step, qkv.device, scale.seconds)
         least = max(maps * tokens * C * qkv.element_size() / BANDWIDTH, 2 * products * tokens * C * keys / FLOPS)
         row.update({f'{name}_ms': seconds * 1e3, f'{name}_of_least': seconds / least, f'{name}_MiB': peak})
     return row
@@ -387,6 +423,26 @@ def measure(step: Callable[[], Any], device: torch.device, seconds: float) -> Tu
         synchronize(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times), peak
+
+
+def measure_graph(
+        step: Callable[[], Any],
+        device: torch.device,
+        seconds: float,
+) -> Tuple[float, Optional[float]]:
+    """`measure` as a CUDA graph where there are any: the time of the device, not that of the launches."""
+    if device.type != 'cuda':
+        return measure(step, device, seconds)
+    peak = measure(step, device, 0.)[1]
+    graph, replays = torch.cuda.CUDAGraph(), 10  # at a time, to wait for the device rarely
+    with torch.cuda.graph(graph):
+        step()
+
+    def replay() -> None:
+        for _ in range(replays):
+            graph.replay()
+
+    return measure(replay, device, seconds)[0] / replays, peak
 
 
 class FlexAttention:
@@ -462,7 +518,7 @@ def neighborhood_attention(
 def time_models(args: argparse.Namespace, scale: Scale, report: Report) -> Iterator[Row]:
     """Models: ours with each implementation, the released code, others of the size; one image, and as many as fit."""
     device = torch.device(args.device)
-    ours = [f'{scale.model}/{name}' for name in IMPLEMENTATIONS]
+    ours = [f'{scale.model}/{name}' for name in ('triton', 'masked')]
     others = [RELEASED + scale.model] * bool(args.reference) + list(scale.peers)
     settings = [
         (execution, size, batch, mode) for execution in scale.executions for size in scale.image_sizes
@@ -472,6 +528,8 @@ def time_models(args: argparse.Namespace, scale: Scale, report: Report) -> Itera
         for label in ours + others:
             setting = Setting(mode, batch or 1, scale.dtypes[0], execution, size, size, args.device, args.reference)
             name, _, implementation = label.partition('/')
+            if device.type == 'cuda':
+                torch.cuda.empty_cache()
             if batch is None:
                 peak = peaks.get((label, mode, size))
                 setting = replace(setting, batch_size=largest_batch(peak, device, scale.max_batch))
@@ -483,12 +541,30 @@ def time_models(args: argparse.Namespace, scale: Scale, report: Report) -> Itera
                 torch.compiler.reset()
                 with attention_implementation(implementation or 'auto'):
                     torch.manual_seed(0)
-                    seconds, peak = measure(make_step(build(name, setting), setting), device, scale.seconds)
+                    with device:  # random numbers come faster there
+                        model = build(name, setting)
+                    seconds, peak = measure(make_step(model, setting), device, scale.seconds)
+                    if (device.type, execution, mode) == ('cuda', 'eager', 'forward'):
+                        shared['graph_ms'] = graph_milliseconds(model, setting, scale.seconds)
             except Exception as error:  # other people's models, or out of memory
                 yield dict(shared, error=describe_error(error))
                 continue
             peaks.setdefault((label, mode, size), peak)
             yield dict(shared, ms=seconds * 1e3, images_per_s=setting.batch_size / seconds, MiB=peak)
+
+
+def graph_milliseconds(model: torch.nn.Module, setting: Setting, seconds: float) -> Optional[float]:
+    """Median time of the forward pass as a CUDA graph, which the CPU launches at once; None if it cannot be one."""
+    device, graph = torch.device(setting.device), torch.cuda.CUDAGraph()
+    x = torch.randn(setting.batch_size, 3, setting.height, setting.width, device=device)
+    with torch.no_grad(), torch.autocast(device.type, getattr(torch, setting.dtype), cache_enabled=False):
+        model(x)
+        try:
+            with torch.cuda.graph(graph):
+                model(x)
+        except Exception:  # other people's models may wait for the device
+            return None
+        return measure(graph.replay, device, seconds)[0] * 1e3
 
 
 def largest_batch(peak: Optional[float], device: torch.device, limit: int) -> int:
@@ -519,7 +595,10 @@ def profile_models(args: argparse.Namespace, scale: Scale, report: Report) -> It
         def own_time(event: Any) -> float:
             return event.self_device_time_total if device.type == 'cuda' else event.self_cpu_time_total
 
-        events = sorted(profile.key_averages(), key=own_time, reverse=True)
+        events = sorted(
+            (event for event in profile.key_averages()  # on a GPU, kernels; what launched them has the same times
+             if device.type != 'cuda' or event.device_type == torch.autograd.DeviceType.CUDA),
+            key=own_time, reverse=True)
         total = sum(map(own_time, events))
         for event in events[:10]:
             yield dict(mode=mode, image_size=size, operator=event.key[:80], calls=event.count,
@@ -527,34 +606,60 @@ def profile_models(args: argparse.Namespace, scale: Scale, report: Report) -> It
 
 
 CANDIDATES = {
-    'forward': [(64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 32, 2, 2)],
-    'query_grad': [(64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 32, 2, 2)],
-    'key_grad': [(64, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2), (32, 32, 2, 2)],
-    'bias_grad': [(64, 64, 8, 2), (64, 32, 4, 3), (64, 32, 8, 2)],
-    'additional_grad': [(64, 16, 1, 2), (128, 16, 4, 2), (32, 16, 1, 2)],
+    'forward': [
+        (64, 16, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (64, 32, 4, 4), (64, 32, 2, 3), (64, 64, 8, 2),
+        (32, 32, 2, 2), (32, 64, 2, 3)],
+    'query_grad': [
+        (64, 16, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 3), (64, 32, 8, 2), (64, 64, 8, 2), (32, 32, 2, 2),
+        (32, 64, 4, 2)],
+    'key_grad': [
+        (16, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (16, 64, 4, 3), (32, 64, 8, 2), (64, 64, 8, 2), (32, 32, 2, 2),
+        (64, 32, 4, 2)],
+    'bias_grad': [(64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (32, 32, 4, 2), (64, 32, 4, 1)],
+    'additional_grad': [(64, 16, 1, 2), (128, 16, 4, 2), (64, 16, 4, 3), (64, 16, 2, 2), (32, 16, 1, 2)],
 }
 
 
 def time_blocks(args: argparse.Namespace, scale: Scale, report: Report) -> Iterator[Row]:
     """Other blocks, warps and stages of each kernel than ours, by the time of the pass that it belongs to."""
     device, dtype = torch.device(args.device), getattr(torch, scale.dtypes[0])
-    usual = triton_attention.kernel_blocks
-    for stage in stages(scale, scale.image_sizes[0])[:2]:
-        inputs = stage_inputs(stage, device, dtype)
-        head_dim = stage.dim // stage.num_heads
-        for kernel, candidates in CANDIDATES.items():
-            step = partial(
-                attention_step, triton_attention.triton_attention, inputs, stage, kernel != 'forward')
-            ours = usual(kernel, dtype, head_dim)
-            for blocks in (ours, *(triton_attention.Blocks(*candidate) for candidate in candidates)):
-                row = dict(kernel=kernel, map=stage.side, head_dim=head_dim, dtype=scale.dtypes[0],
-                           **blocks._asdict(), ours=blocks == ours)
-                try:
-                    with other_blocks(kernel, blocks):
-                        seconds, _ = measure(step, device, scale.seconds / 2)
-                    yield dict(row, ms=seconds * 1e3)
-                except Exception as error:  # too much shared memory for this device
-                    yield dict(row, error=describe_error(error))
+    some = stages(scale, scale.image_sizes[0])[:3]
+    calls = [(stage, kernel, blocks) for stage in some for kernel, candidates in CANDIDATES.items() for blocks in (
+        triton_attention.kernel_blocks(kernel, dtype, stage.dim // stage.num_heads),
+        *(triton_attention.Blocks(*candidate) for candidate in candidates))]
+    if device.type == 'cuda':  # one after the other they would compile for minutes
+        sizes = {
+            (stage.window_size, stage.dim // stage.num_heads, kernel, blocks): None for stage, kernel, blocks in calls}
+        with ProcessPoolExecutor(num_processes(), multiprocessing.get_context('spawn')) as pool:
+            for future in [pool.submit(compile_blocks, args.device, scale.dtypes[0], *size) for size in sizes]:
+                future.exception()  # timing it fails too, and says so
+    for stage, kernel, blocks in calls:
+        inputs, head_dim = stage_inputs(stage, device, dtype), stage.dim // stage.num_heads
+        step = partial(attention_step, triton_attention.triton_attention, inputs, stage, kernel != 'forward')
+        row = dict(kernel=kernel, map=stage.side, head_dim=head_dim, dtype=scale.dtypes[0], **blocks._asdict(),
+                   ours=blocks == triton_attention.kernel_blocks(kernel, dtype, head_dim))
+        try:
+            with other_blocks(kernel, blocks):
+                seconds, _ = measure_graph(step, device, scale.seconds / 2)
+            yield dict(row, ms=seconds * 1e3)
+        except Exception as error:  # too much shared memory for this device
+            yield dict(row, error=describe_error(error))
+
+
+def compile_blocks(
+        device_name: str,
+        dtype_name: str,
+        window: int,
+        head_dim: int,
+        kernel: str,
+        blocks: triton_attention.Blocks,
+) -> None:
+    """Have a kernel with some blocks in Triton's cache."""
+    stage = Stage(4 * window, 2 * head_dim, 2, window, 9, 1)
+    inputs = stage_inputs(stage, torch.device(device_name), getattr(torch, dtype_name))
+    with other_blocks(kernel, blocks):
+        attention_step(triton_attention.triton_attention, inputs, stage, kernel != 'forward')
+    synchronize(torch.device(device_name))
 
 
 @contextmanager
@@ -575,11 +680,12 @@ def other_blocks(kernel: str, blocks: triton_attention.Blocks) -> Iterator[None]
 PIECES: Dict[str, Callable[[argparse.Namespace, Scale, Report], Iterator[Row]]] = {
     'kernels': check_kernels,
     'modes': check_modes,
-    'attention': time_attention,
     'models': time_models,
     'profile': profile_models,
     'blocks': time_blocks,
+    'attention': time_attention,
 }
+SHARES = dict(kernels=.25, modes=.1, models=.3, profile=.05, blocks=.15, attention=.15)  # of the minutes
 
 
 # Results
