@@ -31,7 +31,8 @@ def compile_kernel(name, dtype, head_dim, capability, window):
         blocks, known = attention.Blocks(landmarks.block_size(head_dim), 16, 4, 2), landmarks.constants(head_dim, 8)
     else:
         blocks = call.blocks(name)
-        known = dict(call.arguments, **call.constants(name), HAS_TABLE=True, SAVE_LSE=True)
+        constants = attention.block_constants(name, blocks, head_dim)
+        known = dict(call.arguments, **constants, HAS_TABLE=True, SAVE_LSE=True)
     sizes = ('H', 'W', 'E')  # whose names are short, not constants'
     constants = {n: known[n] for n in kernel.arg_names if n.isupper() and n not in sizes}
     types = dict.fromkeys(constants, 'constexpr') | dict(scale='fp32')

@@ -4,6 +4,7 @@ Beside these, small ones: the table of the bias, and sums of partial gradients o
 In eager mode it is an autograd function. Graphs hold the operator `timm_ls::triton_window_attention` whole, at any size
 of the map.
 """
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
@@ -68,6 +69,27 @@ def channel_blocks(head_dim: int, least: int = 16) -> Dict[str, int]:
     first = min(64, max(least, 2 ** (head_dim.bit_length() - 1)))
     rest = head_dim - first
     return dict(D=head_dim, D0=first, D1=max(least, 2 ** (rest - 1).bit_length()) if rest > 0 else 0)
+
+
+@lru_cache(maxsize=256)
+def fit_blocks(kernel: str, blocks: Blocks, window_size: int) -> Blocks:
+    """Return blocks no larger than a tile needs."""
+    if kernel == 'additional_grad':
+        return blocks
+    tile_y, tile_x = TILES.get(window_size, (1, 1))
+    side = 'keys' if kernel == 'key_grad' else 'queries'
+    largest = getattr(blocks, side)
+    size = min(largest, max(16, 2 ** (tile_y * tile_x * window_size ** 2 - 1).bit_length()))
+    # as many rows for a warp as there are in the largest blocks: more warps would compute the same rows twice
+    return blocks._replace(**{side: size}, warps=max(1, blocks.warps * size // largest))
+
+
+@lru_cache(maxsize=256)
+def block_constants(kernel: str, blocks: Blocks, head_dim: int) -> Dict[str, int]:
+    """Return the sizes of a kernel's blocks as it takes them."""
+    # four warps share 16 rows of additional keys by 8 columns each: fewer than 32 they would compute several times
+    channels = channel_blocks(head_dim, least=32 if kernel == 'additional_grad' else 16)
+    return dict(channels, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys)
 
 
 # What is taken
@@ -177,6 +199,16 @@ def addressable(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def launch(kernel: Any, grid: Tuple[int, ...], known: Dict[str, Any], blocks: Blocks) -> None:
+    """Launch a kernel with those of the arguments that it has, on the device of `kv`."""
+    kv = known['kv']
+    is_elsewhere = kv.is_cuda and kv.get_device() != torch.cuda.current_device()
+    with torch.cuda.device(kv.device) if is_elsewhere else nullcontext():
+        kernel[grid](
+            *[known[argument] for argument in kernel.arg_names], num_warps=blocks.warps, num_stages=blocks.stages,
+            enable_fp_fusion=True)
+
+
 class _Call:
     """What the kernels of one call share, and how to launch one of them."""
 
@@ -223,33 +255,15 @@ class _Call:
 
     def run(self, name: str, grid: Tuple[int, ...], **arguments: Any) -> None:
         """Launch a kernel with those of the arguments that it has."""
-        kernel = getattr(kernels, f'{name}_kernel')
-        known = {**self.arguments, **self.constants(name), **arguments}
         blocks = self.blocks(name)
-        with torch.cuda.device_of(known['q']):
-            kernel[grid](
-                **{argument: known[argument] for argument in kernel.arg_names}, num_warps=blocks.warps,
-                num_stages=blocks.stages, enable_fp_fusion=True)
-
-    def constants(self, name: str) -> Dict[str, int]:
-        """Return the sizes of a kernel's blocks."""
-        blocks = self.blocks(name)
-        # four warps share 16 rows of additional keys by 8 columns each: fewer than 32 they would compute several times
-        channels = channel_blocks(self.head_dim, least=32 if name == 'additional_grad' else 16)
-        return dict(channels, BLOCK_Q=blocks.queries, BLOCK_K=blocks.keys)
+        known = {**self.arguments, **block_constants(name, blocks, self.head_dim), **arguments}
+        launch(getattr(kernels, f'{name}_kernel'), grid, known, blocks)
 
     def blocks(self, name: str) -> Blocks:
         """Return `kernel_blocks` of this call, no larger than a tile needs."""
         if name == 'table':
             return Blocks(TABLE_BLOCK, TABLE_BLOCK, 4, 1)
-        blocks = kernel_blocks(name, self.dtype, self.head_dim)
-        if name == 'additional_grad':
-            return blocks
-        side = 'keys' if name == 'key_grad' else 'queries'
-        largest = getattr(blocks, side)
-        size = min(largest, max(16, triton.next_power_of_2(self.tile_y * self.tile_x * self.window ** 2)))
-        # as many rows for a warp as there are in the largest blocks: more warps would compute the same rows twice
-        return blocks._replace(**{side: size}, warps=max(1, blocks.warps * size // largest))
+        return fit_blocks(name, kernel_blocks(name, self.dtype, self.head_dim), self.window)
 
     def programs(self, rows: int, cols: int, block: int) -> int:
         """Return how many blocks of tokens the tiles of maps of some size have."""

@@ -3,6 +3,7 @@
 A program takes a run of an image's tokens for one head, with a running maximum, and a second kernel merges the runs by
 their shares. The backward pass is one launch. No sum is atomic.
 """
+from functools import lru_cache
 from typing import Any, Dict, Optional, Tuple
 
 import torch
@@ -61,9 +62,7 @@ def _launch(
         **constants(head_dim, rank),
         **others,
     )
-    with torch.cuda.device_of(kv):
-        kernel[grid](**{argument: known[argument] for argument in kernel.arg_names}, num_warps=4, num_stages=2,
-                     enable_fp_fusion=True)
+    attention.launch(kernel, grid, known, attention.Blocks(known['BLOCK_Q'], known['BLOCK_K'], 4, 2))
 
 
 def block_size(head_dim: int) -> int:
@@ -71,6 +70,7 @@ def block_size(head_dim: int) -> int:
     return 32 if head_dim <= 64 else 16
 
 
+@lru_cache(maxsize=64)
 def constants(head_dim: int, rank: int) -> Dict[str, int]:
     """Return the sizes of the kernels' blocks."""
     # as for additional keys, of which there are as few
