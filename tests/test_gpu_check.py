@@ -23,12 +23,15 @@ def read(folder):
 
 
 @interpreted
-@pytest.mark.parametrize('left_out', [('compiled', 'channels_last'), pytest.param((), marks=pytest.mark.slow)])
+@pytest.mark.parametrize('left_out', [
+    ('compiled', 'channels_last', 'as chosen, autocast bfloat16'), pytest.param((), marks=pytest.mark.slow)])
 def test_everything(left_out, monkeypatch, tmp_path):
     """All pieces, to the end."""
     every_mode = gpu_check.modes(gpu_check.CPU)
     some = {name: mode for name, mode in every_mode.items() if name not in left_out and 'autocast f' not in name}
     monkeypatch.setattr(gpu_check, 'modes', lambda scale: some if left_out else every_mode)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(self_check, '_known', {})
     monkeypatch.setattr(gpu_check, 'CANDIDATES', dict(forward=[(32, 32, 2, 2)], bias_grad=[(64, 32, 4, 3)]))
     gpu_check.main([*ON_CPU, '--minutes', '60', '--out', str(tmp_path)])
     data = read(tmp_path)
@@ -84,6 +87,22 @@ def test_profile(monkeypatch):
     for part in (rows[:10], rows[10:]):
         assert [row['share'] for row in part] == [.7, .07, .04] + [.02] * 7
         assert [row['calls'] for row in part[:3]] == [1, 12, 2] and part[0]['ms'] == .7
+
+
+@pytest.mark.filterwarnings('ignore:The Triton kernel')
+def test_a_failed_self_check_shows(monkeypatch):
+    """Where a user would get a slower form and a warning."""
+    def run_model(implementation, *args):
+        assert implementation == 'auto'
+        return self_check.failure('landmarks', torch.device('cpu'), torch.float32, 8, 8, True)
+
+    monkeypatch.setattr(gpu_check, 'run_model', run_model)
+    monkeypatch.setattr(self_check, '_known', {})
+    monkeypatch.setattr(self_check, '_has_warned', False)
+    monkeypatch.setenv('TIMM_LS_SELF_CHECK', 'always')
+    monkeypatch.setattr(self_check, 'check', lambda *call: 'outputs differ')
+    with pytest.raises(UserWarning, match='outputs differ'):
+        gpu_check.run_chosen('triton', 'test_vil_ls', 32, torch.device('cpu'))
 
 
 @pytest.fixture

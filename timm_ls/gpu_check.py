@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
@@ -266,6 +267,19 @@ def run_distributed(implementation: str, name: str, size: int, device: torch.dev
         return run_model(implementation, name, size, device, prepare=torch.nn.parallel.DistributedDataParallel)
 
 
+def run_chosen(
+        implementation: str,
+        name: str,
+        size: int,
+        device: torch.device,
+        dtype: Optional[torch.dtype] = None,
+) -> List[torch.Tensor]:
+    """`run_model`, in place of the kernel with what is chosen for a user; a self-check that fails is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'The Triton kernels')
+        return run_model('auto' if implementation == 'triton' else implementation, name, size, device, dtype)
+
+
 def run_beside_cpu(implementation: str, name: str, size: int, device: torch.device) -> List[torch.Tensor]:
     """`run_model`, of the masked form on the CPU."""
     return run_model(implementation, name, size, torch.device('cpu') if implementation == 'masked' else device)
@@ -291,6 +305,8 @@ def run_graph(implementation: str, name: str, size: int, device: torch.device) -
 def modes(scale: Scale) -> Dict[str, Callable[..., List[torch.Tensor]]]:
     """The ways to run a model, from an implementation, a model's name, an image size and a device."""
     return {
+        'as chosen, float32': run_chosen,
+        'as chosen, autocast bfloat16': partial(run_chosen, dtype=torch.bfloat16),
         'float32': run_model,
         'float32, the masked form on the CPU': run_beside_cpu,
         'autocast bfloat16': partial(run_model, dtype=torch.bfloat16),
