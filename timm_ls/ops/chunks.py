@@ -1,5 +1,5 @@
 """How much is taken at a time where a map is too large to be taken whole."""
-from functools import cache
+from functools import lru_cache
 from typing import List
 
 import torch
@@ -27,7 +27,7 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES
 
 
-@cache
+@lru_cache(maxsize=64)
 def cuda_memory(device: torch.device) -> int:
     """Return the bytes that a CUDA device has."""
     return torch.cuda.get_device_properties(device).total_memory
