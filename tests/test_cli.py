@@ -220,8 +220,9 @@ def test_readme_says_what_its_chart_shows():
         next(cell for cell in cells if cell['model'] == name and cell['height'] == side)
         for name in ('vil_ls_small_hires', 'swin_tiny_patch4_window7_224'))
     time, memory = swin['images_per_s'] / ours['images_per_s'], ours['peak_bytes'] / swin['peak_bytes']
-    text = f"at {side} x {side}, {time:.2f} times Swin-T's time and {memory:.2f} of its memory"
-    assert text in (ROOT / 'README.md').read_text()
+    text = (f"at {side} x {side} on a CPU, `vil_ls_small_hires` takes {time:.2f} times Swin-T's time and"
+            f" {memory:.2f} of its memory")
+    assert text in ' '.join((ROOT / 'README.md').read_text().split())
 
 
 def test_ci_runs_the_command_of_the_readme():

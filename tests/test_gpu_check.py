@@ -110,7 +110,8 @@ def pieces(monkeypatch):
     """Pieces to be filled in by a test."""
     pieces = {}
     monkeypatch.setattr(gpu_check, 'PIECES', pieces)
-    monkeypatch.setattr(gpu_check, 'SHARES', dict(first=.5, second=.5, bad=.5, good=.5))
+    monkeypatch.setattr(gpu_check, 'conclude', lambda report: None)
+    monkeypatch.setattr(gpu_check, 'SHARES', dict.fromkeys(('first', 'second', 'bad', 'good'), .5))
     monkeypatch.setattr(gpu_check.triton_attention, 'is_interpreted', lambda: True)
     monkeypatch.setattr(gpu_check, 'describe_machine', lambda *args: dict(device='a GPU', torch='2', timm='1'))
     return pieces
@@ -136,6 +137,23 @@ def test_candidates():
         for queries, keys, warps, _ in candidates:
             assert kernel == 'additional_grad' or attention.TABLE_BLOCK % max(queries, keys) == 0
             assert warps & (warps - 1) == 0
+
+
+@pytest.mark.parametrize('rows, status, words', [
+    ([dict(passed=True), dict(passed=True), dict(error='not finished')], 0, '2 kinds of kernel calls are right, 0 wr'),
+    ([dict(passed=True), dict(passed=False)], 1, '1 wrong or failed, 0 not finished'),
+    ([dict(passed=True), dict(error='ValueError: no')], 1, '1 wrong or failed'),
+    ([dict(error='not finished')], 1, '0 kinds of kernel calls are right, 0 wrong or failed, 1 not finished'),
+])
+def test_conclusion(rows, status, words, tmp_path, capsys):
+    """What is right and what is not is said last, beside where the report is; that nothing is wrong is not enough."""
+    report = gpu_check.Report(tmp_path, 1, {})
+    report.add('kernels', rows)
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext() as caught:
+        gpu_check.conclude(report)
+    assert status == 0 or caught.value.code == status
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert words in last and str(tmp_path / 'report.md') in last
 
 
 @pytest.mark.parametrize('minutes, first, unfinished', [

@@ -1,4 +1,6 @@
 """What is shipped and promised beside the numbers: registry, types, style, the package as it is built and installed."""
+import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -46,6 +48,37 @@ def test_registry():
 def test_ruff():
     """The style that pyproject.toml asks for."""
     call(sys.executable, '-m', 'ruff', 'check', '.')
+
+
+def imports(module, path, modules):
+    """The modules of the package that a module imports as it is imported, but for packages."""
+    package = module if path.name == '__init__.py' else module.rpartition('.')[0]
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            parents = package.split('.')
+            base = '.'.join([*parents[:len(parents) - node.level + 1], *filter(None, [node.module])])
+            found |= {f'{base}.{name.name}' if f'{base}.{name.name}' in modules else base for name in node.names}
+    return {name for name in found - {module} if modules[name].name != '__init__.py'}
+
+
+def test_imports_run_one_way():
+    """In no circle; and from the families down to `ops`."""
+    root = ROOT / 'timm_ls'
+    modules = {}
+    for path in root.rglob('*.py'):
+        parts = path.relative_to(ROOT).with_suffix('').parts
+        modules['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path
+    graph = {module: imports(module, path, modules) for module, path in modules.items()}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(modules)  # or it raises an error
+    levels = (('timm_ls.vil_ls', 'timm_ls.cvt_ls'), 'timm_ls.pyramid_transformer', 'timm_ls.attention', 'timm_ls.ops')
+
+    def level(module):
+        return next((n for n, names in enumerate(levels) if module.startswith(names)), -1)
+
+    upward = {
+        (module, other) for module, others in graph.items() for other in others if -1 < level(other) < level(module)}
+    assert graph['timm_ls.vil_ls'] > {'timm_ls.pyramid_transformer'} and upward == set()
 
 
 USER_SCRIPT = """

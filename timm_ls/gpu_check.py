@@ -39,6 +39,7 @@ from .ops.windows import halo_width
 __all__ = ['main']
 
 Row = Dict[str, Any]
+NOT_FINISHED = 'not finished'
 IMPLEMENTATIONS, OTHERS = ('triton', 'masked', 'tiled'), ('flex_attention', 'natten')
 PEERS = (
     'swin_small_patch4_window7_224', 'swinv2_small_window8_256', 'convnext_small', 'hiera_small_224',
@@ -134,6 +135,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     report.add('overrides', overrides(report.data))
     write(args.out / 'overrides.json', json.dumps(report.data['pieces']['overrides'], indent=1))
     write(args.out / 'report.md', markdown(report.data))
+    conclude(report)
+
+
+def conclude(report: Report) -> None:
+    """Say where the report is and whether the kernels are right; exits with status 1 unless they were seen to be."""
+    rows = report.data['pieces'].get('kernels', [])
+    num_right = sum(row.get('passed', False) for row in rows)
+    num_unfinished = sum(row.get('error') == NOT_FINISHED for row in rows)
+    num_wrong = len(rows) - num_right - num_unfinished
+    print(f'{report.folder / "report.md"}: {num_right} kinds of kernel calls are right, {num_wrong} wrong or failed,'
+          f' {num_unfinished} not finished')
+    if num_wrong > 0 or num_right == 0:
+        raise SystemExit(1)
 
 
 def run_piece(name: str, rows: Iterator[Row], report: Report) -> bool:
@@ -167,7 +181,7 @@ def check_kernels(args: argparse.Namespace, scale: Scale, report: Report) -> Ite
         try:
             result = subprocess.run(command, capture_output=True, text=True, timeout=max(1, report.left()))
         except subprocess.TimeoutExpired:
-            return dict(call, error='not finished')
+            return dict(call, error=NOT_FINISHED)
         if result.returncode != 0:
             return dict(call, error=(result.stderr.strip() or 'killed').splitlines()[-1][:300])
         return dict(call, **json.loads(result.stdout.splitlines()[-1]))

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 
+from timm_ls import FullAttention2d, LongShortAttention2d
 from timm_ls.attention.layers import LayerNorm, check_tokens
 from timm_ls.ops import chunks
 
@@ -111,3 +112,12 @@ def test_wrong_number_of_tokens():
     with pytest.raises(ValueError, match=expected):
         check_tokens(torch.zeros(2, 24, 8), (4, 6), 1)
     check_tokens(torch.zeros(2, 25, 8), (4, 6), 1)
+
+
+@pytest.mark.parametrize('kind', [LongShortAttention2d, FullAttention2d])
+@pytest.mark.parametrize('shape', [(1, 16, 5, 4), (1, 5, 16), (1, 0, 5, 16), (2, 5, 4, 8)], ids=str)
+def test_what_is_no_map(kind, shape):
+    """Channels first, a sequence, no rows, other channels."""
+    layer = kind(16, 2)
+    with pytest.raises(ValueError, match=re.escape(f'[batch, rows, columns, 16], channels last; got {list(shape)}')):
+        layer(torch.randn(shape))

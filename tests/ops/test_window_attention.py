@@ -611,3 +611,5 @@ def test_explanation_of_a_layer():
     explained = explain_attention(torch.nn.ModuleDict(dict(mine=layer))['mine'], x)
     assert [(choice.layer, choice.implementation) for choice in explained] == [('', 'tiled')]
     assert explain_attention(timm.create_model('test_resnet'), torch.randn(1, 3, 64, 64)) == []
+    with pytest.raises(TypeError, match='Expected a tensor .* got str'):
+        explain_attention(layer, 'image.jpg')

@@ -51,7 +51,12 @@ def explain_attention(model: nn.Module, x: torch.Tensor) -> AttentionChoices:
     Args:
         model: A model with long-short layers.
         x: What it would be called with.
+
+    Raises:
+        TypeError: `x` is not a tensor.
     """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f'Expected a tensor that the model would be called with, got {type(x).__name__}.')
     layers: Dict[nn.Module, str] = {
         module: name for name, module in model.named_modules() if isinstance(module, LongShortAttention)
     }

@@ -13,10 +13,12 @@ from ..ops.chunks import chunk_bytes, equal_chunks
 from ..ops.derivatives import differentiable_gradients
 from ..ops.merge import wide
 
-__all__ = ['LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_tokens', 'split_tokens']
+__all__ = [
+    'LayerNorm', 'MapInterface', 'check_global_tokens', 'check_heads', 'check_map', 'check_tokens', 'split_tokens']
 
 # torch.fx knows neither sizes nor types
 torch.fx.wrap('check_global_tokens')
+torch.fx.wrap('check_map')
 torch.fx.wrap('layer_norm')
 
 
@@ -170,6 +172,13 @@ def check_tokens(x: torch.Tensor, size: Tuple[int, int], num_global_tokens: int)
                 f' (num_global_tokens), then a map of {size[0]} rows and {size[1]} columns; got {list(x.shape)}.')
 
 
+def check_map(x: torch.Tensor, dim: int) -> None:
+    """Raise a ValueError unless `x` is a map [B, H, W, dim] with H and W >= 1."""
+    if not is_captured():
+        if x.ndim != 4 or x.shape[3] != dim or x.shape[1] == 0 or x.shape[2] == 0:
+            raise ValueError(f'Expected a map [batch, rows, columns, {dim}], channels last; got {list(x.shape)}.')
+
+
 def check_global_tokens(global_tokens: Optional[torch.Tensor], number: int) -> None:
     """Raise a ValueError unless there are that many global tokens, [B, number, C]; none for 0."""
     if not is_captured():
@@ -182,6 +191,7 @@ class MapInterface(nn.Module):
     """An attention layer called with a map and its global tokens apart, in place of one sequence."""
 
     if TYPE_CHECKING:  # the layer brings these
+        dim: int
         num_global_tokens: int
 
         def attend(self, x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
@@ -202,8 +212,9 @@ class MapInterface(nn.Module):
             The updated map and global tokens, of the same shapes.
 
         Raises:
-            ValueError: There are other global tokens than `num_global_tokens`.
+            ValueError: There are other global tokens than `num_global_tokens`, or `x` is no such map.
         """
+        check_map(x, self.dim)
         check_global_tokens(global_tokens, self.num_global_tokens)
         B, H, W, C = x.shape
         tokens = x.reshape(B, H * W, C)

@@ -126,13 +126,13 @@ def implementations() -> Dict[str, Implementation]:
 
 @contextmanager
 def attention_implementation(name: str) -> Iterator[None]:
-    """Force how window attention is computed, for debugging and comparison.
+    """Force how window attention is computed in this thread, for debugging and comparison.
 
     All ways give the same values and gradients up to rounding. Scripts always hold the masked one.
 
     Args:
-        name: 'tiled', 'masked', 'triton' (kernels for CUDA devices: `timm_ls.ops.triton` says what is known of them),
-            or 'auto', the default: the first that takes a call.
+        name: 'tiled', 'masked', 'grouped' (for exported graphs of one size), 'triton' (kernels for CUDA devices:
+            `timm_ls.ops.triton` says what is known of them), or 'auto', the default: the first that takes a call.
 
     Raises:
         ValueError: The name is unknown.

@@ -81,7 +81,9 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'No checkpoint file at {path}.')
+        found = 'it is a folder' if path.is_dir() else 'there is nothing'
+        raise FileNotFoundError(
+            f'No checkpoint file at {path}: {found}. Expected a .safetensors or .pth file of weights.')
     try:
         if path.suffix == '.safetensors':
             return load_file(path)
@@ -108,6 +110,9 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
         raise RuntimeError(
             f'Expected a model of timm_ls to load {path} into, got {type(model).__name__}:'
             ' timm.create_model(name, checkpoint_path=path) loads weights of the models of timm.')
-    weights = convert(read_checkpoint(path))
+    try:
+        weights = convert(read_checkpoint(path))
+    except RuntimeError as error:
+        raise error if str(path) in str(error) else RuntimeError(f'{path}: {error}') from error
     check_state_dict(weights, model)
     model.load_state_dict(weights)
