@@ -23,7 +23,7 @@ from .windows import Tile, halo_width, head_plan, tile_plan, tiles
 
 __all__ = ['joinable_windows', 'tiled_attention', 'tiled_operator']
 
-# cuDNN's kernel reads a mask 16 bytes at a time, wherever it begins: a fault after which the process has no GPU
+# masks that do not begin at 16 bytes end in a misaligned address in cuDNN's kernel, and the process then has no GPU
 CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
