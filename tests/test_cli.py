@@ -225,6 +225,18 @@ def test_readme_says_what_its_chart_shows():
     assert text in ' '.join((ROOT / 'README.md').read_text().split())
 
 
+def test_readme_says_what_was_measured_on_a_gpu():
+    """Images per second over Swin-S's, from the table in MEASUREMENTS.md."""
+    lines = (ROOT / 'timm_ls' / 'MEASUREMENTS.md').read_text().splitlines()
+    first = lines.index('| | ours | Swin-S | SwinV2-S | ConvNeXt-S | Hiera-S | ViT-S/16 | released code |') + 2
+    rows = (line.split(' | ') for line in lines[first:first + 7])
+    ratios = {row[0].strip('| '): float(row[1].replace(',', '')) / float(row[2].replace(',', '')) for row in rows}
+    text = (f"has {ratios['1024 x 1024, 64 images']:.1f} times Swin-S's images per second at 1024 x 1024 and"
+            f" {ratios['1024 x 1024, 16 images, training']:.1f} in training; at 224 x 224"
+            f" {ratios['224 x 224, 256 images']:.1f}, and {ratios['224 x 224, 128 images, training']:.1f} in training")
+    assert text in ' '.join((ROOT / 'README.md').read_text().split())
+
+
 def test_ci_runs_the_command_of_the_readme():
     """The README's second command is what CI executes."""
     command = 'pip install -e ".[test]" && python -m pytest'

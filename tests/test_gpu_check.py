@@ -273,6 +273,24 @@ def test_least_times(monkeypatch):
         assert row['forward_ms'] == 1000. and row['train_MiB'] == 5.
 
 
+def test_graphs_are_timed_by_replays(monkeypatch):
+    """The time of one of ten replays, the peak of a step; on a CPU, that of the step."""
+    graph = Namespace(replay=lambda: calls.append('replay'))
+    calls = []
+
+    def measure(step, device, seconds):
+        step()
+        return 1., {0.: 7., .5: 3.}[seconds]
+
+    monkeypatch.setattr(gpu_check, 'measure', measure)
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', lambda: graph)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda captured: contextlib.nullcontext(captured))
+    step = lambda: calls.append('step')  # noqa: E731
+    assert gpu_check.measure_graph(step, torch.device('cuda'), .5) == (.1, 7.)
+    assert calls == ['step', 'step', *['replay'] * 10]
+    assert gpu_check.measure_graph(step, torch.device('cpu'), .5) == (1., 3.)
+
+
 def test_largest_batch(monkeypatch):
     """A power of two, within four fifths of the free memory."""
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (1000 * 2 ** 20, None))

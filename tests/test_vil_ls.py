@@ -355,7 +355,7 @@ def test_other_things_than_weights(tmp_path):
             ({'epoch': 3}, "from parameter names to tensors, got 'epoch': int"), ({}, 'holds no weights'),
             ([1, 2], 'Expected a dictionary of weights in the checkpoint, got list')):
         torch.save(content, tmp_path / 'other.pth')
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=f'other.pth: .*{message}'):
             timm_ls.load_checkpoint(model, tmp_path / 'other.pth')
 
 

@@ -156,7 +156,7 @@ def run_piece(name: str, rows: Iterator[Row], report: Report) -> bool:
         try:
             row = next(rows, None)
         except Exception as error:  # one piece that fails leaves the others
-            row = dict(error=describe(error))
+            row = dict(error=error_line(error))
         if row is None:
             return True
         report.add(name, [row])
@@ -164,7 +164,7 @@ def run_piece(name: str, rows: Iterator[Row], report: Report) -> bool:
     return False
 
 
-def describe(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """What an error says on its first line."""
     return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0][:300]}'
 
@@ -226,7 +226,7 @@ def check_modes(args: argparse.Namespace, scale: Scale, report: Report) -> Itera
             kernel, masked = (
                 [x.cpu() for x in mode(form, model, size, device)] for form in ('triton', 'masked'))
         except Exception as error:  # each is worth knowing
-            yield dict(mode=name, error=describe(error))
+            yield dict(mode=name, error=error_line(error))
             continue
         # all gradients as one: some are zero but for rounding
         grads, wanted = (torch.cat([x.flatten() for x in (*xs[1:], xs[0][:0])]) for xs in (kernel, masked))
@@ -585,16 +585,13 @@ def time_models(args: argparse.Namespace, scale: Scale, report: Report) -> Itera
 
 def graph_milliseconds(model: torch.nn.Module, setting: Setting, seconds: float) -> Optional[float]:
     """Median time of the forward pass as a CUDA graph, which the CPU launches at once; None if it cannot be one."""
-    device, graph = torch.device(setting.device), torch.cuda.CUDAGraph()
+    device = torch.device(setting.device)
     x = torch.randn(setting.batch_size, 3, setting.height, setting.width, device=device)
     with torch.no_grad(), torch.autocast(device.type, getattr(torch, setting.dtype), cache_enabled=False):
-        model(x)
         try:
-            with torch.cuda.graph(graph):
-                model(x)
+            return measure_graph(partial(model, x), device, seconds)[0] * 1e3
         except Exception:  # other people's models may wait for the device
             return None
-        return measure(graph.replay, device, seconds)[0] * 1e3
 
 
 def largest_batch(peak: Optional[float], device: torch.device, limit: int) -> int:

@@ -110,9 +110,10 @@ def load_checkpoint(model: nn.Module, path: Union[str, Path]) -> None:
         raise RuntimeError(
             f'Expected a model of timm_ls to load {path} into, got {type(model).__name__}:'
             ' timm.create_model(name, checkpoint_path=path) loads weights of the models of timm.')
+    checkpoint = read_checkpoint(path)
     try:
-        weights = convert(read_checkpoint(path))
+        weights = convert(checkpoint)
     except RuntimeError as error:
-        raise error if str(path) in str(error) else RuntimeError(f'{path}: {error}') from error
+        raise RuntimeError(f'{path}: {error}') from error
     check_state_dict(weights, model)
     model.load_state_dict(weights)

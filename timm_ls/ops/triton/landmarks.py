@@ -90,7 +90,7 @@ def _forward(logits: torch.Tensor, kv: torch.Tensor, num_heads: int) -> Tuple[to
         partial, partial_lse = out.new_empty(B, splits, *out.shape[1:]), lse.new_empty(B, splits, *lse.shape[1:])
         _launch('landmark_kernel', (B * splits, num_heads), logits, kv, num_heads,
                 partial=partial, lse=partial_lse, splits=splits, tokens_per_split=run)
-        _launch('merge_kernel', (2 * out[:, :, 0, 0].numel(), num_heads), logits, kv, num_heads,
+        _launch('merge_kernel', (2 * B * out.shape[1], num_heads), logits, kv, num_heads,
                 partial=partial, partial_lse=partial_lse, out=out, lse=lse, splits=splits)
     return out, lse
 
